@@ -1,0 +1,286 @@
+"""What the engine needs of others: small protocols and the values that pass through them.
+
+The engine imports no database, no queue and no spaCy. `workers.cache`, `workers.enrich` and
+`workers.store` implement these protocols beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, runtime_checkable
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One token as spaCy saw it; the guard's raw material."""
+
+    text: str
+    lemma: str
+    pos: str  # universal part of speech
+    tag: str  # fine-grained part of speech
+    dep: str  # relation to the head
+    head: int  # index of the head in the same list
+    ent: str = ""  # label of the entity it belongs to, or empty
+    start: int = 0  # first character in the text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entity:
+    """A named entity."""
+
+    text: str
+    label: str
+    start: int  # first character
+    end: int  # one past the last character
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What an `Analyser` found in one text."""
+
+    text: str
+    pipeline: str  # name and version of what made it
+    language: str = ""
+    sentences: tuple[str, ...] = ()
+    entities: tuple[Entity, ...] = ()
+    noun_phrases: tuple[str, ...] = ()
+    connectives: tuple[str, ...] = ()
+    clauses: tuple[str, ...] = ()  # of a compound question; empty when it asks one thing
+    tokens: tuple[Token, ...] = ()
+    truncated: bool = False  # only the first part of the text was analysed
+
+    def public(self) -> dict[str, Any]:
+        """Return what users see: everything but the text and the tokens, as JSON types."""
+        return {
+            "pipeline": self.pipeline,
+            "language": self.language,
+            "sentences": list(self.sentences),
+            "entities": [asdict(entity) for entity in self.entities],
+            "noun_phrases": list(self.noun_phrases),
+            "connectives": list(self.connectives),
+            "clauses": list(self.clauses),
+            "truncated": self.truncated,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as JSON types, for the store."""
+        return {**self.public(), "text": self.text, "tokens": [asdict(t) for t in self.tokens]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Analysis:
+        """Rebuild what `to_json` wrote."""
+        return cls(
+            text=data["text"],
+            pipeline=data["pipeline"],
+            language=data.get("language", ""),
+            sentences=tuple(data["sentences"]),
+            entities=tuple(Entity(**item) for item in data["entities"]),
+            noun_phrases=tuple(data["noun_phrases"]),
+            connectives=tuple(data["connectives"]),
+            clauses=tuple(data["clauses"]),
+            tokens=tuple(Token(**item) for item in data["tokens"]),
+            truncated=data.get("truncated", False),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCompletion:
+    """One of the `n` answers, with all that a faithful replay needs."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    cumulative_logprob: float | None = None
+    # For each token: [token id, log probability, rank, decoded token] of each candidate.
+    logprobs: tuple[tuple[tuple[int, float, int | None, str | None], ...], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAnswer:
+    """An answer that may be given again, and what was found out about its prompt."""
+
+    id: UUID
+    namespace: str
+    fingerprint: bytes  # SHA-256 of the canonical request
+    engine: bytes  # digest of the engine's identity
+    model: str
+    kind: str = "completion"  # or "pooling"
+    scope: bytes | None = None  # what must be equal for reuse by meaning
+    prompt: str | None = None  # text that neighbours are compared by
+    completions: tuple[StoredCompletion, ...] = ()
+    # For each prompt token, as in StoredCompletion.logprobs; None for the first token.
+    prompt_logprobs: tuple[Any, ...] | None = None
+    pooled: Any = None  # nested lists of a pooling output
+    pooled_dtype: str | None = None
+    analysis: Analysis | None = None
+    similar: tuple[Neighbour, ...] | None = None
+    enrichments: Mapping[str, Any] = field(default_factory=dict)  # of plug-ins, by name
+    vectors: tuple[PartVector, ...] = ()  # written, never read back with the answer
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    engine_s: float = 0.0  # seconds of generation
+    tags: tuple[str, ...] = ()
+    created_at: float = 0.0  # Unix time
+    expires_at: float | None = None  # Unix time
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartVector:
+    """The vector of a prompt (part 0) or of one of its clauses (part 1 and up)."""
+
+    part: int
+    vector: Vector  # shape [dimensions], unit length
+    embedder: str
+    clause: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """A stored prompt near the one asked."""
+
+    answer_id: UUID
+    prompt: str
+    similarity: float  # cosine, 1 is equal
+    clause: str | None = None  # the clause of the asked prompt that it is near to
+
+    def public(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return {
+            "answer_id": str(self.answer_id),
+            "prompt": self.prompt,
+            "similarity": round(self.similarity, 6),
+            **({"clause": self.clause} if self.clause else {}),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the guard says of one pair of prompts."""
+
+    allowed: bool
+    rule: str | None = None  # the rule that refused
+    detail: str | None = None  # what differed, for people
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One decision for or against serving a neighbour's answer, for the record."""
+
+    namespace: str
+    request_id: str
+    answer_id: UUID
+    similarity: float
+    served: bool
+    rule: str | None = None
+    shadow: bool = False
+    agreement: float | None = None
+    own_answer_id: UUID | None = None
+
+
+@runtime_checkable
+class Analyser(Protocol):
+    """Finds sentences, entities and the like in a text, off the event loop."""
+
+    @property
+    def pipeline(self) -> str:
+        """Name and version; results of different pipelines are never mixed."""
+        ...
+
+    async def analyse(self, text: str) -> Analysis:
+        """Analyse one text."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop what runs; idempotent."""
+        ...
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Turns texts into unit vectors, off the event loop."""
+
+    @property
+    def name(self) -> str:
+        """Name under which the vectors are stored."""
+        ...
+
+    @property
+    def dimensions(self) -> int:
+        """Length of a vector."""
+        ...
+
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return unit vectors, shape [len(texts), dimensions]."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop what runs; idempotent."""
+        ...
+
+
+@runtime_checkable
+class AnswerStore(Protocol):
+    """Keeps answers durably. The tier behind the memory tier."""
+
+    async def get(self, namespace: str, fingerprint: bytes) -> StoredAnswer | None:
+        """Return the live answer (not expired, not tombstoned), or None."""
+        ...
+
+    async def by_id(self, namespace: str, answer_id: UUID) -> StoredAnswer | None:
+        """Return the live answer with its analysis, or None."""
+        ...
+
+    async def put(self, answer: StoredAnswer) -> None:
+        """Store an answer with its analysis and vectors; a second put of one is harmless."""
+        ...
+
+    async def nearest(
+        self,
+        *,
+        namespace: str,
+        embedder: str,
+        vector: Vector,
+        limit: int,
+        scope: bytes | None = None,
+    ) -> Sequence[Neighbour]:
+        """Return live neighbours, nearest first.
+
+        Args:
+            namespace: Tenant; no other's prompts are ever looked at.
+            embedder: Name of what made `vector`.
+            vector: Shape [dimensions], unit length.
+            limit: How many at most.
+            scope: When given, only answers of this scope (those that may be served).
+        """
+        ...
+
+    async def record(self, decisions: Sequence[Decision]) -> None:
+        """Keep decisions for or against reuse."""
+        ...
+
+
+@runtime_checkable
+class Enricher(Protocol):
+    """A plug-in of the entry-point group ``promptmill.enrichers``."""
+
+    @property
+    def name(self) -> str:
+        """Key of its result in ``metadata["enrichments"]``."""
+        ...
+
+    async def enrich(self, text: str, *, namespace: str) -> Mapping[str, Any]:
+        """Return JSON types about one text."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop what runs; idempotent."""
+        ...
