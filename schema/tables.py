@@ -101,6 +101,9 @@ class AnswerRow(Base):
     )
     prompt: Mapped[str | None] = mapped_column(comment="text that neighbours are compared by")
     outputs: Mapped[dict[str, Any]] = mapped_column(comment="what replays the answer")
+    digest: Mapped[bytes] = mapped_column(
+        comment="SHA-256 of what a reader sees, to know a reported answer when it comes again"
+    )
     nlp_result_id: Mapped[UUID | None] = mapped_column(
         ForeignKey("nlp_results.id", ondelete="SET NULL")
     )
@@ -116,8 +119,22 @@ class AnswerRow(Base):
     tombstone: Mapped[str | None] = mapped_column(comment="why it is never served")
 
     __table_args__ = (
-        Index("uq_answers_namespace_fingerprint", "namespace", "fingerprint", unique=True),
+        # A reported answer stays as a record and does not keep a better one from its place.
+        Index(
+            "uq_answers_namespace_fingerprint",
+            "namespace",
+            "fingerprint",
+            unique=True,
+            postgresql_where=text("tombstoned_at IS NULL"),
+        ),
+        Index(
+            "ix_answers_tombstoned",
+            "namespace",
+            "fingerprint",
+            postgresql_where=text("tombstoned_at IS NOT NULL"),
+        ),
         Index(None, "tags", postgresql_using="gin"),
+        Index(None, "nlp_result_id", postgresql_where=text("nlp_result_id IS NOT NULL")),
         Index(None, "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
     )
 
@@ -128,7 +145,7 @@ class EmbeddingRow(Base):
     __tablename__ = "embeddings"
 
     answer_id: Mapped[UUID] = mapped_column(
-        ForeignKey("answers.id", ondelete="CASCADE"), primary_key=True
+        ForeignKey("answers.id", ondelete="CASCADE", onupdate="CASCADE"), primary_key=True
     )
     embedder: Mapped[str] = mapped_column(primary_key=True)
     part: Mapped[int] = mapped_column(
@@ -147,7 +164,7 @@ class EmbeddingRow(Base):
             postgresql_using="hnsw",
             postgresql_where=text(f"embedder = '{EMBEDDER}'"),
         ),
-        Index(None, "namespace"),
+        Index(None, "namespace", "scope"),
     )
 
 
@@ -231,7 +248,29 @@ class JobRow(Base):
             unique=True,
             postgresql_where=text("batch_id IS NOT NULL"),
         ),
-        Index("ix_jobs_queued", "available_at", postgresql_where=text("state = 'queued'")),
+        # Rows with and without a message are looked for by different times, and a backlog of
+        # millions of one must not be read to find the other.
+        Index(
+            "ix_jobs_unsent",
+            "available_at",
+            postgresql_where=text("state = 'queued' AND sent_at IS NULL"),
+        ),
+        Index(
+            "ix_jobs_sent",
+            "sent_at",
+            postgresql_where=text("state = 'queued' AND sent_at IS NOT NULL"),
+        ),
+        Index(
+            "ix_jobs_deadline",
+            "deadline_at",
+            postgresql_where=text("state = 'queued' AND deadline_at IS NOT NULL"),
+        ),
+        Index(
+            "ix_jobs_failed",
+            "namespace",
+            "created_at",
+            postgresql_where=text("state = 'failed'"),
+        ),
         Index("ix_jobs_running", "lease_until", postgresql_where=text("state = 'running'")),
         Index(
             "ix_jobs_unpublished",

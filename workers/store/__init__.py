@@ -1,0 +1,1 @@
+"""Postgres: jobs, answers and what is known of them. Each part is imported by its own name."""

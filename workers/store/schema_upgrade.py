@@ -1,0 +1,127 @@
+"""Brings a database to the newest revision, and says which one it is at."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from workers.store.database import errors_become_ours, parse_url
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: Key of the advisory lock that one upgrade at a time holds.
+_UPGRADE_LOCK = 0x70726F6D70746D01
+_TRY_FOR_S = 600
+_LOCK = text("SELECT pg_advisory_lock(CAST(:key AS bigint))")
+_UNLOCK = text("SELECT pg_advisory_unlock(CAST(:key AS bigint))")
+
+
+def upgrade(database_url: str, *, revision: str = "head") -> None:
+    """Bring the tables to a revision; nothing happens where they are there already.
+
+    Several processes may call this at once: one works, the others wait for it.
+
+    Args:
+        database_url: Address of the database, which must exist.
+        revision: Where to go; the newest unless told.
+
+    Raises:
+        DatabaseUnavailableError: Postgres cannot be reached.
+        ConfigurationError: The address cannot be read.
+    """
+    with _locked(database_url) as connection:
+        command.upgrade(_config(connection), revision)
+        connection.commit()
+
+
+def downgrade(database_url: str, *, revision: str = "base") -> None:
+    """Take the tables back to an older revision; what they held is lost.
+
+    Args:
+        database_url: Address of the database.
+        revision: Where to go; ``base`` removes every table.
+
+    Raises:
+        DatabaseUnavailableError: Postgres cannot be reached.
+        ConfigurationError: The address cannot be read.
+    """
+    with _locked(database_url) as connection:
+        command.downgrade(_config(connection), revision)
+        connection.commit()
+
+
+def current(database_url: str) -> str | None:
+    """Return the revision a database is at, or None when it has no tables of ours.
+
+    Args:
+        database_url: Address of the database.
+
+    Returns:
+        The revision's id.
+
+    Raises:
+        DatabaseUnavailableError: Postgres cannot be reached.
+        ConfigurationError: The address cannot be read.
+    """
+    with _connect(database_url) as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def head() -> str:
+    """Return the newest revision that this installation knows."""
+    newest = ScriptDirectory.from_config(_config()).get_current_head()
+    if newest is None:  # the package was built without its revisions
+        msg = "this installation of promptmill holds no migrations"
+        raise RuntimeError(msg)
+    return newest
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config()
+    # Found as a package, so that it works from a wheel as from a checkout.
+    config.set_main_option("script_location", str(resources.files("migrations")))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+@contextmanager
+def _connect(database_url: str) -> Iterator[Connection]:
+    url = parse_url(database_url)
+    engine = create_engine(
+        url,
+        poolclass=NullPool,
+        hide_parameters=True,
+        connect_args={"connect_timeout": 10, "application_name": "promptmill upgrade"},
+    )
+    try:
+        with errors_become_ours(url), engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _locked(database_url: str) -> Iterator[Connection]:
+    with _connect(database_url) as connection:
+        connection.execute(text(f"SET lock_timeout = '{_TRY_FOR_S}s'"))
+        connection.execute(_LOCK, {"key": _UPGRADE_LOCK})
+        connection.commit()
+        try:
+            yield connection
+        except BaseException:
+            connection.rollback()
+            raise
+        finally:
+            if not connection.closed and not connection.invalidated:
+                connection.execute(_UNLOCK, {"key": _UPGRADE_LOCK})
+                connection.commit()
