@@ -5,6 +5,7 @@ Run by ``tools/setup.sh`` with a bare Python, so it uses the standard library al
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -22,10 +23,8 @@ def memory_bytes() -> int | None:
     A container's limit counts as well as the machine's size.
     """
     sizes = []
-    try:
+    with contextlib.suppress(ValueError, OSError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, OSError):
-        pass
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             sizes.append(int(Path(limit).read_text(encoding="ascii")))
