@@ -17,6 +17,7 @@ from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 
 from workers.pool import AsyncTask, TaskPool, lifespan, running_pool, wait_for
+from workers.transport import broker_settings
 
 EVENTS = "events"
 URL = os.environ.get("POOL_APP_URL", "redis://127.0.0.1:1/0")
@@ -37,8 +38,8 @@ app.conf.update(
 )
 if os.environ.get("POOL_APP_DRAIN"):
     app.conf.worker_pool_drain_timeout_s = float(os.environ["POOL_APP_DRAIN"])
-if os.environ.get("POOL_APP_TRANSPORT"):
-    app.conf.broker_transport = os.environ["POOL_APP_TRANSPORT"]
+if os.environ.get("POOL_APP_HARDENED"):
+    app.conf.update(broker_settings(URL, max_message_bytes=100_000))
 
 _trace = redis.Redis.from_url(URL.replace("redis+socket", "unix"))
 
