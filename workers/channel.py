@@ -1,0 +1,248 @@
+"""Result channels and token streams: Redis Streams that producers and pipelines read.
+
+A channel is one stream of one namespace. Delivery is at least once: a repeat carries the same
+(job id, token), and a consumer here drops the repeats that it has seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from schema import names
+from workers.consumer import ChannelConsumer
+from workers.streams import (
+    START,
+    Delivery,
+    broker_errors,
+    checked_cursor,
+    deliveries_of,
+    entries_of,
+    milliseconds,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from redis.asyncio import Redis
+
+    from schema.jobs import JobResult
+
+__all__ = ["START", "ChannelConsumer", "Delivery", "ResultChannel", "TokenDelta"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDelta:
+    """A piece of an answer that is still growing."""
+
+    cursor: str  # id of the stream entry: read on from here
+    text: str
+    index: int = 0  # which of the n answers
+    finished: bool = False  # nothing follows this one
+
+
+class ResultChannel:
+    """Publishes results and token deltas, and reads them back.
+
+    Args:
+        redis: A client of redis-py's asyncio interface, with ``decode_responses`` off. The caller
+            closes it.
+    """
+
+    def __init__(self, redis: Redis[bytes]) -> None:
+        self._redis = redis
+
+    async def publish(
+        self,
+        results: Sequence[tuple[str, JobResult]],
+        *,
+        maxlen: int | None = None,
+        ttl_s: float | None = None,
+    ) -> None:
+        """Append results to their channels and wake those who wait for the jobs, in one trip.
+
+        Args:
+            results: Pairs of channel and result.
+            maxlen: Entries that a channel keeps, approximately; the oldest go. None keeps all.
+            ttl_s: Seconds after its last result at which a whole channel is dropped. None: never.
+
+        Raises:
+            BrokerUnavailableError: Redis failed; some of the results may have been published, and
+                publishing all of them again is harmless.
+        """
+        if not results:
+            return
+        with broker_errors("publishing results"):
+            async with self._redis.pipeline(transaction=False) as pipe:
+                streams = set()
+                for channel, result in results:
+                    stream = names.results_stream(result.namespace, channel)
+                    streams.add(stream)
+                    entry: Any = {
+                        "job_id": str(result.job_id),
+                        "token": result.token,
+                        "result": result.model_dump_json(),
+                    }
+                    pipe.xadd(stream, entry, maxlen=maxlen, approximate=True)
+                if ttl_s is not None:
+                    for stream in streams:
+                        pipe.pexpire(stream, int(ttl_s * 1000))
+                # After every XADD: who is woken finds the result in the channel.
+                for _, result in results:
+                    signal = names.done_signal(result.namespace, result.job_id)
+                    pipe.publish(signal, result.status.value)
+                await pipe.execute()
+
+    async def end(self, namespace: str, channel: str) -> str:
+        """Return the cursor behind the newest entry, to read what comes from now on."""
+        with broker_errors("reading a channel"):
+            newest: Any = await self._redis.xrevrange(
+                names.results_stream(namespace, channel), count=1
+            )
+        return newest[0][0].decode() if newest else START
+
+    async def read(
+        self,
+        namespace: str,
+        channel: str,
+        cursor: str = START,
+        *,
+        count: int = 256,
+        block_s: float | None = None,
+    ) -> list[Delivery]:
+        """Read what stands behind a cursor.
+
+        Args:
+            namespace: Tenant.
+            channel: Name of the channel.
+            cursor: Where the last read ended; `START` replays all that is kept.
+            count: Most entries returned.
+            block_s: Seconds to wait for a first entry; None returns at once.
+
+        Returns:
+            The entries in order, possibly none.
+
+        Raises:
+            BrokerUnavailableError: Redis failed.
+        """
+        stream = names.results_stream(namespace, channel)
+        with broker_errors("reading a channel"):
+            replies: Any = await self._redis.xread(
+                {stream: checked_cursor(cursor)}, count=count, block=milliseconds(block_s)
+            )
+        return deliveries_of(entries_of(replies))
+
+    def consume(
+        self,
+        namespace: str,
+        channel: str,
+        group: str,
+        consumer: str,
+        *,
+        cursor: str = START,
+        count: int = 256,
+        stale_s: float = 60.0,
+        block_s: float = 1.0,
+    ) -> ChannelConsumer:
+        """Return a member of a consumer group; see `ChannelConsumer`.
+
+        Args:
+            namespace: Tenant.
+            channel: Name of the channel.
+            group: The group; each result goes to one of its members. Created when it is new.
+            consumer: This member's name: the same again after a restart, and nobody else's.
+            cursor: Where a new group begins; `START` is the oldest entry kept.
+            count: Most entries taken at once.
+            stale_s: Seconds without acknowledgement after which another member's entry is taken
+                over.
+            block_s: Seconds of one wait for new entries.
+        """
+        return ChannelConsumer(
+            redis=self._redis,
+            stream=names.results_stream(namespace, channel),
+            group=group,
+            consumer=consumer,
+            cursor=checked_cursor(cursor),
+            count=count,
+            stale_s=stale_s,
+            block_s=block_s,
+        )
+
+    async def append_tokens(
+        self,
+        namespace: str,
+        job_id: UUID,
+        deltas: Sequence[tuple[int, str]],
+        *,
+        finished: bool = False,
+        ttl_s: float = 600.0,
+    ) -> None:
+        """Append text to the token stream of a job.
+
+        Args:
+            namespace: Tenant.
+            job_id: The job.
+            deltas: Pairs of answer index (0 to n-1) and text.
+            finished: Close the stream: nothing follows.
+            ttl_s: Seconds after which the stream is dropped; the answer is in Postgres then.
+
+        Raises:
+            BrokerUnavailableError: Redis failed.
+        """
+        stream = names.tokens_stream(namespace, job_id)
+        with broker_errors("publishing tokens"):
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for index, text in deltas:
+                    pipe.xadd(stream, {"i": index, "t": text})
+                if finished:
+                    pipe.xadd(stream, {"end": 1})
+                pipe.pexpire(stream, int(ttl_s * 1000))
+                await pipe.execute()
+
+    async def drop_tokens(self, namespace: str, job_id: UUID) -> None:
+        """Drop a job's token stream, so that a second run begins an empty one.
+
+        Raises:
+            BrokerUnavailableError: Redis failed.
+        """
+        with broker_errors("dropping tokens"):
+            await self._redis.delete(names.tokens_stream(namespace, job_id))
+
+    async def read_tokens(
+        self,
+        namespace: str,
+        job_id: UUID,
+        cursor: str = START,
+        *,
+        count: int = 256,
+        block_s: float | None = None,
+    ) -> list[TokenDelta]:
+        """Read a job's token stream behind a cursor.
+
+        Args:
+            namespace: Tenant.
+            job_id: The job.
+            cursor: Where the last read ended; `START` begins with the first token.
+            count: Most entries returned.
+            block_s: Seconds to wait for a first entry; None returns at once.
+
+        Returns:
+            The deltas in order; none also when the stream never was or has expired.
+
+        Raises:
+            BrokerUnavailableError: Redis failed.
+        """
+        stream = names.tokens_stream(namespace, job_id)
+        with broker_errors("reading tokens"):
+            replies: Any = await self._redis.xread(
+                {stream: checked_cursor(cursor)}, count=count, block=milliseconds(block_s)
+            )
+        return [
+            TokenDelta(cursor=cursor.decode(), text="", finished=True)
+            if b"end" in fields
+            else TokenDelta(
+                cursor=cursor.decode(), text=fields[b"t"].decode(), index=int(fields[b"i"])
+            )
+            for cursor, fields in entries_of(replies)
+        ]

@@ -1,0 +1,88 @@
+"""What all readers of Redis Streams share: cursors, entries, and errors turned into ours."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from redis.exceptions import RedisError
+
+from schema.errors import BrokerUnavailableError, InvalidRequestError
+from schema.jobs import JobResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: One entry of a stream: its id and its fields.
+Entry = tuple[bytes, dict[bytes, bytes]]
+#: Cursor before the first entry of any stream.
+START = "0-0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """One result as it came from a channel."""
+
+    cursor: str  # id of the stream entry: read on from here, or acknowledge it
+    result: JobResult
+
+
+@contextmanager
+def broker_errors(doing: str) -> Iterator[None]:
+    """Turn a failing Redis into our error.
+
+    Args:
+        doing: What was tried, for the message, such as ``publishing results``.
+
+    Raises:
+        BrokerUnavailableError: Redis could not be reached or refused the command.
+    """
+    try:
+        yield
+    except (RedisError, OSError) as exc:
+        msg = f"Redis failed while {doing}: {exc or type(exc).__name__}"
+        raise BrokerUnavailableError(msg) from exc
+
+
+def entries_of(replies: Any) -> list[Entry]:
+    """Return the entries of one stream from a reply of XREAD or XREADGROUP."""
+    # A list of (stream, entries) in Redis' second protocol, a mapping in its third.
+    pairs = replies.items() if isinstance(replies, dict) else replies or ()
+    entries: list[Entry] = []
+    for _, found in pairs:
+        group = found[0] if found and isinstance(found[0], list) else found
+        entries.extend((cursor, fields or {}) for cursor, fields in group)
+    return entries
+
+
+def deliveries_of(entries: list[Entry]) -> list[Delivery]:
+    """Return the results among stream entries; what is not one of ours is passed over."""
+    deliveries = []
+    for cursor, fields in entries:
+        try:
+            result = JobResult.model_validate_json(fields[b"result"])
+        except (KeyError, ValidationError):
+            # Not one of ours. A foreign entry must not stop the channel for everybody.
+            continue
+        deliveries.append(Delivery(cursor=cursor.decode(), result=result))
+    return deliveries
+
+
+def milliseconds(seconds: float | None) -> int | None:
+    """Return a block time for Redis, which takes 0 for ever."""
+    return None if seconds is None else max(1, int(seconds * 1000))
+
+
+def checked_cursor(cursor: str) -> str:
+    """Return the cursor, refusing what is not a position in a stream.
+
+    Raises:
+        InvalidRequestError: It is not one.
+    """
+    head, _, tail = cursor.partition("-")
+    if not head.isdigit() or (tail and not tail.isdigit()):
+        msg = f"is not a stream position such as {START}"
+        raise InvalidRequestError(msg, field="cursor", value=cursor)
+    return cursor
