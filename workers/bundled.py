@@ -110,7 +110,10 @@ def _convert_into(target: Path, gguf: Path, convert: Converter) -> None:
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent))
     try:
         convert(gguf, part)
-        part.chmod(0o755)  # mkdtemp's folders are closed to others; models need not be
+        # A temporary folder is closed to others, and a model need not be.
+        part.chmod(0o755)
+        for file in part.iterdir():
+            file.chmod(0o644)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -124,7 +127,7 @@ def _convert_in_subprocess(gguf: Path, folder: Path) -> None:
         flush=True,
     )
     done = subprocess.run(
-        [sys.executable, "-m", "workers.bundled", str(gguf), str(folder)],
+        [sys.executable, "-P", "-m", "workers.bundled", str(gguf), str(folder)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

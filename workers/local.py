@@ -213,6 +213,11 @@ def _launch(
             )
             theirs.close()
             return _hold(ours, data_dir, timeout_s + _MARGIN_S)
+        except TimeoutError:
+            ours.close()
+            log = data_dir / _HOME / "log" / "supervisor.log"
+            msg = f"the embedded stack did not start within {timeout_s:g} s; see {log.parent}"
+            raise StackError(msg) from None
         except (OSError, ValueError) as error:
             ours.close()
             said.seek(0)

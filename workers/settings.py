@@ -39,7 +39,11 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
+        env_prefix=ENV_PREFIX,
+        frozen=True,
+        extra="forbid",
+        env_ignore_empty=True,
+        allow_inf_nan=False,
     )
 
     data_dir: Path = Field(
@@ -187,6 +191,8 @@ def _one_line(error: ValidationError) -> str:
     # All faults at once, so that a bad environment is mended in one go.
     faults = []
     for fault in error.errors(include_url=False):
+        if fault["type"] == "default_factory_not_called":  # it follows from another fault
+            continue
         field = str(fault["loc"][0]) if fault["loc"] else "settings"
         value = "(hidden)" if field in _SECRET_FIELDS else shown(fault["input"])
         reason = fault["msg"].removeprefix("Value error, ")

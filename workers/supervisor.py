@@ -148,6 +148,10 @@ class Supervisor:
                     woken.recv(4096)
                 elif isinstance(key.fileobj, socket.socket):
                     self._hear(key.fileobj)
+            if self._users:
+                # Those who were waiting for the servers to stop learn that they will not. Only
+                # after all were heard: the others may have left in the same moment.
+                self._dismiss_leaving()
 
     def _on_stop(self, _number: int, _frame: FrameType | None) -> None:
         self._stopping = True
@@ -166,8 +170,6 @@ class Supervisor:
             return
         self._users.add(user)
         self._selector.register(user, selectors.EVENT_READ)
-        # Those who were waiting for the servers to stop learn that they will not.
-        self._dismiss_leaving()
 
     def _hear(self, user: socket.socket) -> None:
         try:
@@ -181,8 +183,6 @@ class Supervisor:
         self._users.discard(user)
         # Kept half open: one that closed in an orderly way may wait here for the servers' end.
         self._leaving.add(user)
-        if self._users:
-            self._dismiss_leaving()
 
     def _dismiss_leaving(self) -> None:
         for user in self._leaving:
