@@ -20,6 +20,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## make .venv and the bundled model; once done it costs nothing (DEVICE=cpu|gpu)
+	@:
 
 $(STAMP): pyproject.toml constraints.txt overrides.txt tools/setup.sh tools/preflight.py
 	@sh tools/setup.sh $(DEVICE)
