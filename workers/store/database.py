@@ -28,6 +28,7 @@ _SESSION = (
     "SET hnsw.iterative_scan = 'relaxed_order'",
     "SET hnsw.ef_search = 80",
     "SET hnsw.max_scan_tuples = 40000",
+    "SET timezone = 'UTC'",
 )
 
 

@@ -1,0 +1,263 @@
+"""Writing jobs: each once, however often and by however many it is submitted."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+from sqlalchemy import text
+
+from schema.errors import IdempotencyConflictError, InvalidRequestError, QueueFullError
+from workers.store.part import StorePart
+from workers.store.records import Admission
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from schema.jobs import JobSpec
+    from workers.store.database import Database
+
+# Sorted by id, so that two producers with the same jobs wait for each other instead of locking
+# each other out.
+_INSERT = text(
+    """
+    INSERT INTO jobs (id, namespace, model, channel, priority, request, options, idempotency_key,
+                      deadline_at, batch_id, custom_id, row, max_attempts, traceparent, sent_at)
+    SELECT id, namespace, model, channel, priority, CAST(request AS jsonb),
+           CAST(options AS jsonb), idempotency_key, deadline_at, batch_id, custom_id, row,
+           max_attempts, CAST(:traceparent AS text), CASE WHEN :sent THEN now() END
+    FROM unnest(
+        CAST(:ids AS uuid[]), CAST(:namespaces AS text[]), CAST(:models AS text[]),
+        CAST(:channels AS text[]), CAST(:priorities AS smallint[]), CAST(:requests AS text[]),
+        CAST(:options AS text[]), CAST(:keys AS text[]), CAST(:deadlines AS timestamptz[]),
+        CAST(:batch_ids AS uuid[]), CAST(:custom_ids AS text[]), CAST(:rows AS bigint[]),
+        CAST(:max_attempts AS integer[])
+    ) AS input (id, namespace, model, channel, priority, request, options, idempotency_key,
+                deadline_at, batch_id, custom_id, row, max_attempts)
+    WHERE batch_id IS NULL OR EXISTS (
+        SELECT FROM batches
+        WHERE batches.id = input.batch_id AND batches.namespace = input.namespace
+    )
+    ORDER BY id
+    ON CONFLICT DO NOTHING
+    RETURNING id
+    """
+)
+
+_COMPARE = text(
+    """
+    SELECT input.id,
+           jobs.id IS NOT NULL AND jobs.request = CAST(input.request AS jsonb) AS same,
+           input.batch_id IS NOT NULL AND NOT EXISTS (
+               SELECT FROM batches
+               WHERE batches.id = input.batch_id AND batches.namespace = input.namespace
+           ) AS stray
+    FROM unnest(CAST(:ids AS uuid[]), CAST(:namespaces AS text[]), CAST(:requests AS text[]),
+                CAST(:batch_ids AS uuid[])) AS input (id, namespace, request, batch_id)
+    LEFT JOIN jobs ON jobs.id = input.id AND jobs.namespace = input.namespace
+    """
+)
+
+# Two scans, each of one small index, that stop at the bound.
+_WAITING = text(
+    """
+    SELECT (SELECT count(*) FROM (
+               SELECT FROM jobs WHERE state = 'queued' AND sent_at IS NULL LIMIT :bound) AS unsent)
+         + (SELECT count(*) FROM (
+               SELECT FROM jobs WHERE state = 'queued' AND sent_at IS NOT NULL LIMIT :bound
+           ) AS sent)
+    """
+)
+
+
+class QueueDepth:
+    """An estimate of how many jobs wait, cheap enough to ask at every submission.
+
+    It counts now and then, and adds what was admitted here since. Producers elsewhere are seen at
+    the next count, so that the bound may be passed by what they submit in between.
+
+    Args:
+        fresh_s: Seconds for which a count is believed, at least.
+    """
+
+    _SHARE = 20  # of the time may go into counting: one part in so many
+
+    def __init__(self, *, fresh_s: float = 1.0) -> None:
+        self._fresh_s = fresh_s
+        self._depth = 0
+        self._limit: int | None = None
+        self._stale_at = 0.0
+
+    def add(self, jobs: int) -> None:
+        """Note jobs that were written.
+
+        Args:
+            jobs: How many.
+        """
+        self._depth += jobs
+
+    async def at_most(self, limit: int, connection: AsyncConnection) -> int:
+        """Return the jobs that wait, counted up to a limit.
+
+        Args:
+            limit: The bound; counting stops there.
+            connection: To count on.
+
+        Returns:
+            The estimate, which may be above the limit.
+        """
+        now = time.monotonic()
+        if now >= self._stale_at or limit != self._limit:
+            self._depth = await connection.scalar(_WAITING, {"bound": limit}) or 0
+            self._limit = limit
+            took = time.monotonic() - now
+            self._stale_at = now + max(self._fresh_s, took * self._SHARE)
+        return self._depth
+
+
+class Admissions(StorePart):
+    """Writes jobs.
+
+    Args:
+        database: Where the jobs live.
+    """
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self._depth = QueueDepth()
+
+    async def admit(
+        self,
+        specs: Sequence[JobSpec],
+        *,
+        default_model: str,
+        sent: bool,
+        max_attempts: int,
+        queue_limit: int | None = None,
+        traceparent: str | None = None,
+        on_refusal: Literal["raise", "report"] = "raise",
+    ) -> Admission:
+        """Write jobs, each once: a job that is there already stays as it is.
+
+        A job with an idempotency key must carry the id that `schema.names.job_id_for` gives.
+
+        Args:
+            specs: The jobs. The same id may come twice.
+            default_model: Served model of jobs that name none.
+            sent: Whether a queue message is there, or follows at once. A row whose message then
+                does not come is found by `Recovery` when older messages have been read.
+            max_attempts: Attempts of jobs that name no number.
+            queue_limit: Jobs that may wait; None is no bound. It holds within what others submit
+                in about a second.
+            traceparent: W3C trace context of the submission.
+            on_refusal: ``raise`` writes nothing when one job cannot be written; ``report`` writes
+                the others and names it.
+
+        Returns:
+            Which jobs are new, which were known, and which were refused.
+
+        Raises:
+            QueueFullError: The bound is reached; nothing was written.
+            IdempotencyConflictError: An id or key is taken by another request; nothing was
+                written. The message does not say whose.
+            InvalidRequestError: A job names a batch that its namespace does not have.
+            DatabaseUnavailableError: Postgres cannot be used now.
+        """
+        unique, refused = _distinct(specs)
+        if refused and on_refusal == "raise":
+            raise _refusal(*next(iter(refused.items())))
+        if not unique:
+            return Admission(inserted=frozenset(), known=frozenset(), refused=refused)
+        values = _columns(unique, default_model=default_model, max_attempts=max_attempts)
+        values |= {"sent": sent, "traceparent": traceparent}
+        async with self._database.transaction() as connection:
+            if queue_limit is not None:
+                await self._check_room(unique, values, queue_limit, connection)
+            inserted = frozenset((await connection.scalars(_INSERT, values)).all())
+            known, more = await _already_there(unique, values, inserted, connection)
+            refused |= more
+            if refused and on_refusal == "raise":
+                raise _refusal(*next(iter(refused.items())))
+        self._depth.add(len(inserted))
+        return Admission(inserted=inserted, known=known, refused=refused)
+
+    async def _check_room(
+        self,
+        specs: Sequence[JobSpec],
+        values: dict[str, Any],
+        limit: int,
+        connection: AsyncConnection,
+    ) -> None:
+        depth = await self._depth.at_most(limit, connection)
+        if depth + len(specs) <= limit:
+            return
+        known, _ = await _already_there(specs, values, frozenset(), connection)
+        if depth + len(specs) - len(known) > limit and len(known) < len(specs):
+            msg = (
+                f"about {depth} jobs wait and {limit} may; {len(specs) - len(known)} more do not "
+                "fit. Submit again later, or fewer at a time"
+            )
+            raise QueueFullError(msg)
+
+
+def _distinct(specs: Sequence[JobSpec]) -> tuple[list[JobSpec], dict[UUID, str]]:
+    """Drop repeats of an id; repeats that ask for something else are refused."""
+    first: dict[UUID, JobSpec] = {}
+    refused: dict[UUID, str] = {}
+    for spec in specs:
+        other = first.setdefault(spec.id, spec)
+        if other is not spec and (other.request, other.namespace) != (spec.request, spec.namespace):
+            refused[spec.id] = _TAKEN
+    return [spec for spec in first.values() if spec.id not in refused], refused
+
+
+_TAKEN = "its id or idempotency key is taken by a different request"
+_STRAY = "its namespace has no such batch"
+
+
+def _refusal(job_id: UUID, reason: str) -> IdempotencyConflictError | InvalidRequestError:
+    msg = f"job {job_id} was not submitted: {reason}"
+    if reason == _STRAY:
+        return InvalidRequestError(msg, field="batch_id")
+    return IdempotencyConflictError(msg)
+
+
+async def _already_there(
+    specs: Sequence[JobSpec],
+    values: dict[str, Any],
+    inserted: frozenset[UUID],
+    connection: AsyncConnection,
+) -> tuple[frozenset[UUID], dict[UUID, str]]:
+    """Tell those that were there already from those that cannot be written."""
+    if len(inserted) == len(specs):
+        return frozenset(), {}
+    rest = [at for at, spec in enumerate(specs) if spec.id not in inserted]
+    picked = {
+        name: [values[name][at] for at in rest]
+        for name in ("ids", "namespaces", "requests", "batch_ids")
+    }
+    rows = (await connection.execute(_COMPARE, picked)).all()
+    known = frozenset(row.id for row in rows if row.same)
+    refused = {row.id: _STRAY if row.stray else _TAKEN for row in rows if not row.same}
+    return known, refused
+
+
+def _columns(specs: Sequence[JobSpec], *, default_model: str, max_attempts: int) -> dict[str, Any]:
+    return {
+        "ids": [spec.id for spec in specs],
+        "namespaces": [spec.namespace for spec in specs],
+        "models": [spec.model or default_model for spec in specs],
+        "channels": [spec.channel for spec in specs],
+        "priorities": [spec.priority for spec in specs],
+        "requests": [spec.request.model_dump_json() for spec in specs],
+        "options": [spec.options.model_dump_json(exclude_defaults=True) for spec in specs],
+        "keys": [spec.idempotency_key for spec in specs],
+        "deadlines": [spec.deadline for spec in specs],
+        "batch_ids": [spec.batch_id for spec in specs],
+        "custom_ids": [spec.custom_id for spec in specs],
+        "rows": [spec.row for spec in specs],
+        "max_attempts": [spec.options.max_attempts or max_attempts for spec in specs],
+    }

@@ -1,0 +1,124 @@
+"""Finding stored prompts near a vector, in one namespace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Text, bindparam, text
+
+from schema.tables import EMBEDDER
+from workers.engine.protocols import Neighbour
+from workers.store.answer_json import vector_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import RowMapping
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from workers.engine.protocols import Vector
+
+#: Vectors up to which a namespace is searched one by one. The graph is filtered after it is
+#: walked, so a small tenant among large ones would be missed there; read alone it is found whole.
+EXACT_UP_TO = 2_000
+
+_SIZE = text(
+    """
+    SELECT count(*) FROM (
+        SELECT FROM embeddings
+        WHERE namespace = :namespace AND (CAST(:scope AS bytea) IS NULL OR scope = :scope)
+        LIMIT :bound
+    ) AS counted
+    """
+)
+
+# The graph's index is for one embedder, so its name is written into the statement: as a parameter
+# it could not be proved to fit. Order is restored outside, since an iterative scan gives it nearly.
+_APPROXIMATE = text(
+    """
+    WITH near AS MATERIALIZED (
+        SELECT answers.id, answers.prompt,
+               CAST(embeddings.vector AS halfvec(384)) <=> CAST(:vector AS halfvec(384)) AS distance
+        FROM embeddings JOIN answers ON answers.id = embeddings.answer_id
+        WHERE embeddings.embedder = :embedder
+          AND embeddings.namespace = :namespace
+          AND (CAST(:scope AS bytea) IS NULL OR embeddings.scope = :scope AND embeddings.part = 0)
+          AND answers.namespace = :namespace AND answers.prompt IS NOT NULL
+          AND answers.tombstoned_at IS NULL
+          AND (answers.expires_at IS NULL OR answers.expires_at > now())
+        ORDER BY CAST(embeddings.vector AS halfvec(384)) <=> CAST(:vector AS halfvec(384))
+        LIMIT :fetch
+    )
+    SELECT id, prompt, distance FROM near ORDER BY distance
+    """
+).bindparams(bindparam("embedder", EMBEDDER, Text(), literal_execute=True))
+
+_EXACT = text(
+    """
+    WITH candidate AS MATERIALIZED (
+        SELECT embeddings.answer_id, embeddings.vector
+        FROM embeddings
+        WHERE embeddings.namespace = :namespace AND embeddings.embedder = :embedder
+          AND (CAST(:scope AS bytea) IS NULL OR embeddings.scope = :scope AND embeddings.part = 0)
+    )
+    SELECT answers.id, answers.prompt,
+           candidate.vector <=> CAST(:vector AS halfvec) AS distance
+    FROM candidate JOIN answers ON answers.id = candidate.answer_id
+    WHERE answers.namespace = :namespace AND answers.prompt IS NOT NULL
+      AND answers.tombstoned_at IS NULL
+      AND (answers.expires_at IS NULL OR answers.expires_at > now())
+    ORDER BY distance
+    LIMIT :fetch
+    """
+)
+
+
+async def nearest(
+    *,
+    namespace: str,
+    embedder: str,
+    vector: Vector,
+    limit: int,
+    scope: bytes | None,
+    connection: AsyncConnection,
+) -> list[Neighbour]:
+    """Return live neighbours, nearest first, each answer once.
+
+    Args:
+        namespace: Tenant.
+        embedder: Name of what made `vector`.
+        vector: Shape [dimensions], unit length.
+        limit: How many at most.
+        scope: When given, only whole prompts of this scope.
+        connection: To ask on.
+
+    Returns:
+        The neighbours; the similarity is that of the nearest part of each stored prompt.
+    """
+    asked = vector_text(vector)
+    if asked is None or limit < 1:
+        return []
+    # A stored prompt has a vector for each clause too, so one answer may come several times.
+    fetch = limit if scope is not None else limit * 3
+    values: dict[str, Any] = {
+        "namespace": namespace,
+        "scope": scope,
+        "vector": asked,
+        "fetch": fetch,
+    }
+    size = {"namespace": namespace, "scope": scope, "bound": EXACT_UP_TO + 1}
+    if embedder != EMBEDDER or await connection.scalar(_SIZE, size) <= EXACT_UP_TO:
+        found = await connection.execute(_EXACT, {**values, "embedder": embedder})
+    else:
+        found = await connection.execute(_APPROXIMATE, values)
+    return _distinct(found.mappings().all(), limit)
+
+
+def _distinct(rows: Sequence[RowMapping], limit: int) -> list[Neighbour]:
+    nearest_part: dict[Any, RowMapping] = {}
+    for row in rows:
+        nearest_part.setdefault(row["id"], row)
+    return [
+        Neighbour(answer_id=row["id"], prompt=row["prompt"], similarity=1.0 - row["distance"])
+        for row in list(nearest_part.values())[:limit]
+    ]

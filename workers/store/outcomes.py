@@ -1,0 +1,171 @@
+"""Ending jobs: outcome, answer, analysis and vectors in one transaction, and its publication."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import text
+
+from workers.store import stored_json
+from workers.store.answer_writes import put_answers
+from workers.store.deliveries import delivery
+from workers.store.part import StorePart, pairs
+from workers.store.records import Finished
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from workers.engine.protocols import StoredAnswer
+    from workers.store.records import Delivery, Held, Outcome
+
+_FINISH = text(
+    """
+    WITH outcome AS (
+        SELECT * FROM unnest(
+            CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:states AS text[]),
+            CAST(:results AS text[]), CAST(:errors AS text[]), CAST(:provenances AS text[]),
+            CAST(:answer_ids AS uuid[])
+        ) AS outcome (id, token, state, result, error, provenance, answer_id)
+    ), mine AS (
+        SELECT jobs.id
+        FROM jobs JOIN outcome ON jobs.id = outcome.id AND jobs.token = outcome.token
+        WHERE jobs.state = 'running'
+        ORDER BY jobs.id
+        FOR NO KEY UPDATE OF jobs
+    )
+    UPDATE jobs
+    SET state = outcome.state, result = CAST(outcome.result AS jsonb),
+        error = CAST(outcome.error AS jsonb), provenance = outcome.provenance,
+        answer_id = outcome.answer_id, finished_at = now(), lease_owner = NULL, lease_until = NULL
+    FROM outcome, mine
+    WHERE jobs.id = mine.id AND outcome.id = mine.id
+    RETURNING jobs.id
+    """
+)
+
+# Every other way a job ends moves the token on, so one that is over under a run's own token was
+# ended by that run: the commit went through and the word of it was lost.
+_ENDED_BEFORE = text(
+    """
+    SELECT jobs.id
+    FROM jobs JOIN unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS run (id, token)
+      ON jobs.id = run.id AND jobs.token = run.token
+    WHERE state NOT IN ('queued', 'running')
+    """
+)
+
+_MARK_PUBLISHED = text(
+    """
+    WITH mine AS (
+        SELECT jobs.id
+        FROM jobs JOIN unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS run (id, token)
+          ON jobs.id = run.id AND jobs.token = run.token
+        WHERE published_at IS NULL AND state NOT IN ('queued', 'running')
+        ORDER BY jobs.id
+        FOR NO KEY UPDATE OF jobs
+    )
+    UPDATE jobs SET published_at = now() FROM mine WHERE jobs.id = mine.id
+    """
+)
+
+_UNPUBLISHED = text(
+    """
+    SELECT id, namespace, channel, options, state, token, custom_id, batch_id, finished_at,
+           error, result
+    FROM jobs
+    WHERE published_at IS NULL AND NOT (state IN ('queued', 'running'))
+      AND finished_at < now() - make_interval(secs => :older_than_s)
+    ORDER BY finished_at
+    LIMIT :limit
+    """
+)
+
+
+class Outcomes(StorePart):
+    """Commits outcomes and keeps account of their publication."""
+
+    async def finish(self, outcomes: Sequence[Outcome]) -> Finished:
+        """End jobs, with what belongs to them, in one transaction.
+
+        An outcome counts only while its run holds the job. Answers of outcomes that are refused
+        are not stored. A second call with the same outcomes changes nothing and accepts them
+        again, so that a commit of which no word came back may be repeated.
+
+        Args:
+            outcomes: At most one a job; of several, the first counts.
+
+        Returns:
+            Which stand and which were refused.
+
+        Raises:
+            DatabaseUnavailableError: Postgres cannot be used now. Whether it committed is open.
+        """
+        if not outcomes:
+            return Finished(accepted=frozenset(), refused=frozenset())
+        first = {outcome.job_id: outcome for outcome in reversed(outcomes)}
+        values = _columns(list(first.values()))
+        async with self._database.transaction() as connection:
+            accepted = frozenset((await connection.scalars(_FINISH, values)).all())
+            answers = _answers(first, accepted)
+            if answers:
+                await put_answers(answers, connection)
+            if len(accepted) < len(first):
+                rest = {"ids": values["ids"], "tokens": values["tokens"]}
+                accepted |= frozenset((await connection.scalars(_ENDED_BEFORE, rest)).all())
+        return Finished(accepted=accepted, refused=frozenset(first) - accepted)
+
+    async def mark_published(self, published: Held) -> None:
+        """Note that outcomes are on their channels; a second time changes nothing.
+
+        Args:
+            published: Fencing token by job, as published.
+
+        Raises:
+            DatabaseUnavailableError: Postgres cannot be used now.
+        """
+        async with self._database.connection() as connection:
+            await connection.execute(_MARK_PUBLISHED, pairs(published))
+
+    async def unpublished(self, *, older_than_s: float, limit: int) -> list[Delivery]:
+        """Return outcomes that were committed and not marked as published, oldest first.
+
+        Args:
+            older_than_s: Seconds since the commit; younger ones are probably on their way.
+            limit: How many at most.
+
+        Returns:
+            What has to be published, of all namespaces.
+
+        Raises:
+            DatabaseUnavailableError: Postgres cannot be used now.
+        """
+        values = {"older_than_s": older_than_s, "limit": limit}
+        async with self._database.connection() as connection:
+            rows = (await connection.execute(_UNPUBLISHED, values)).mappings().all()
+        return [delivery(row) for row in rows]
+
+
+def _columns(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    return {
+        "ids": [outcome.job_id for outcome in outcomes],
+        "tokens": [outcome.token for outcome in outcomes],
+        "states": [outcome.result.status.value for outcome in outcomes],
+        "results": [stored_json.dump_model(outcome.result) for outcome in outcomes],
+        "errors": [
+            None if outcome.result.error is None else stored_json.dump_model(outcome.result.error)
+            for outcome in outcomes
+        ],
+        "provenances": [
+            None if outcome.provenance is None else outcome.provenance.value for outcome in outcomes
+        ],
+        "answer_ids": [outcome.answer_id for outcome in outcomes],
+    }
+
+
+def _answers(outcomes: dict[UUID, Outcome], accepted: frozenset[UUID]) -> list[StoredAnswer]:
+    return [
+        outcome.answer
+        for job_id, outcome in outcomes.items()
+        if outcome.answer is not None and job_id in accepted
+    ]
