@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workers.client import AsyncJobClient, JobClient
+    from workers.aio_client import AsyncJobClient
+    from workers.client import JobClient
     from workers.jobs import AsyncJob, Job
     from workers.settings import Settings, load_settings
 
 _WHERE = {
     # Submitting
     "JobClient": "workers.client",
-    "AsyncJobClient": "workers.client",
+    "AsyncJobClient": "workers.aio_client",
     "Job": "workers.jobs",
     "AsyncJob": "workers.jobs",
     # Settings

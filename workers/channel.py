@@ -39,6 +39,7 @@ class TokenDelta:
     cursor: str  # id of the stream entry: read on from here
     text: str
     index: int = 0  # which of the n answers
+    offset: int = 0  # characters of that answer before this piece
     finished: bool = False  # nothing follows this one
 
 
@@ -50,7 +51,7 @@ class ResultChannel:
             closes it.
     """
 
-    def __init__(self, redis: Redis[bytes]) -> None:
+    def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
     async def publish(
@@ -173,7 +174,7 @@ class ResultChannel:
         self,
         namespace: str,
         job_id: UUID,
-        deltas: Sequence[tuple[int, str]],
+        deltas: Sequence[tuple[int, int, str]],
         *,
         finished: bool = False,
         ttl_s: float = 600.0,
@@ -183,7 +184,8 @@ class ResultChannel:
         Args:
             namespace: Tenant.
             job_id: The job.
-            deltas: Pairs of answer index (0 to n-1) and text.
+            deltas: For each piece: index of the answer (0 to n-1), characters of that answer
+                before the piece, and its text.
             finished: Close the stream: nothing follows.
             ttl_s: Seconds after which the stream is dropped; the answer is in Postgres then.
 
@@ -193,8 +195,8 @@ class ResultChannel:
         stream = names.tokens_stream(namespace, job_id)
         with broker_errors("publishing tokens"):
             async with self._redis.pipeline(transaction=False) as pipe:
-                for index, text in deltas:
-                    pipe.xadd(stream, {"i": index, "t": text})
+                for index, offset, text in deltas:
+                    pipe.xadd(stream, {"i": index, "o": offset, "t": text})
                 if finished:
                     pipe.xadd(stream, {"end": 1})
                 pipe.pexpire(stream, int(ttl_s * 1000))
@@ -238,11 +240,15 @@ class ResultChannel:
             replies: Any = await self._redis.xread(
                 {stream: checked_cursor(cursor)}, count=count, block=milliseconds(block_s)
             )
-        return [
-            TokenDelta(cursor=cursor.decode(), text="", finished=True)
-            if b"end" in fields
-            else TokenDelta(
-                cursor=cursor.decode(), text=fields[b"t"].decode(), index=int(fields[b"i"])
-            )
-            for cursor, fields in entries_of(replies)
-        ]
+        return [_token_delta(at.decode(), fields) for at, fields in entries_of(replies)]
+
+
+def _token_delta(cursor: str, fields: dict[bytes, bytes]) -> TokenDelta:
+    if b"end" in fields:
+        return TokenDelta(cursor=cursor, text="", finished=True)
+    return TokenDelta(
+        cursor=cursor,
+        text=fields[b"t"].decode(),
+        index=int(fields[b"i"]),
+        offset=int(fields[b"o"]),
+    )

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ResponseError
-
 from workers.streams import (
     START,
     Delivery,
@@ -17,6 +15,7 @@ from workers.streams import (
     deliveries_of,
     entries_of,
     milliseconds,
+    reply,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class ChannelConsumer:
     is not acknowledged comes again.
     """
 
-    redis: Redis[bytes]
+    redis: Redis
     stream: str
     group: str
     consumer: str
@@ -84,50 +83,38 @@ class ChannelConsumer:
                 await untyped.xack(self.stream, self.group, *cursors)
 
     async def _create_group(self) -> None:
-        with broker_errors("joining a consumer group"):
-            try:
-                await self.redis.xgroup_create(
-                    self.stream, self.group, id=self.cursor, mkstream=True
-                )
-            except ResponseError as exc:
-                if "BUSYGROUP" not in str(exc):
-                    raise
+        with broker_errors("joining a consumer group"), reply("BUSYGROUP"):
+            await self.redis.xgroup_create(self.stream, self.group, id=self.cursor, mkstream=True)
 
     async def _read_group(self, cursor: str) -> list[Entry]:
-        with broker_errors("reading a channel"):
-            try:
-                replies: Any = await self.redis.xreadgroup(
-                    self.group,
-                    self.consumer,
-                    {self.stream: cursor},
-                    count=self.count,
-                    block=milliseconds(self.block_s) if cursor == ">" else None,
-                )
-            except ResponseError as exc:
-                if "NOGROUP" not in str(exc):
-                    raise
-                # The stream expired, or Redis lost its data: the group begins anew.
-                await self._create_group()
-                return []
+        replies: Any = None
+        with broker_errors("reading a channel"), reply("NOGROUP") as missing:
+            replies = await self.redis.xreadgroup(
+                self.group,
+                self.consumer,
+                {self.stream: cursor},
+                count=self.count,
+                block=milliseconds(self.block_s) if cursor == ">" else None,
+            )
+        if missing.is_set():
+            # The stream expired, or Redis lost its data: the group begins anew.
+            await self._create_group()
         return entries_of(replies)
 
     async def _take_over(self) -> list[Entry]:
-        with broker_errors("taking over results"):
-            try:
-                reply: Any = await self.redis.xautoclaim(
-                    self.stream,
-                    self.group,
-                    self.consumer,
-                    min_idle_time=int(self.stale_s * 1000),
-                    start_id=START,
-                    count=self.count,
-                )
-            except ResponseError as exc:
-                if "NOGROUP" not in str(exc):
-                    raise
-                await self._create_group()
-                return []
-        return [entry for entry in reply[1] if entry]
+        replies: Any = ("", (), ())
+        with broker_errors("taking over results"), reply("NOGROUP") as missing:
+            replies = await self.redis.xautoclaim(
+                self.stream,
+                self.group,
+                self.consumer,
+                min_idle_time=int(self.stale_s * 1000),
+                start_id=START,
+                count=self.count,
+            )
+        if missing.is_set():
+            await self._create_group()
+        return [entry for entry in replies[1] if entry]
 
     async def _new(self, entries: list[Entry]) -> list[Delivery]:
         fresh = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from redis.exceptions import RedisError
 
 from schema.errors import BrokerUnavailableError, InvalidRequestError
 from schema.jobs import JobResult
@@ -39,11 +39,34 @@ def broker_errors(doing: str) -> Iterator[None]:
     Raises:
         BrokerUnavailableError: Redis could not be reached or refused the command.
     """
+    from redis.exceptions import RedisError  # late: redis-py takes a while to import
+
     try:
         yield
     except (RedisError, OSError) as exc:
         msg = f"Redis failed while {doing}: {exc or type(exc).__name__}"
         raise BrokerUnavailableError(msg) from exc
+
+
+@contextmanager
+def reply(code: str) -> Iterator[Event]:
+    """Take one error of Redis for an answer.
+
+    Args:
+        code: First word of the error, such as ``NOGROUP``.
+
+    Yields:
+        An event that is set when Redis answered so.
+    """
+    from redis.exceptions import ResponseError
+
+    said = Event()
+    try:
+        yield said
+    except ResponseError as exc:
+        if not str(exc).startswith(code):
+            raise
+        said.set()
 
 
 def entries_of(replies: Any) -> list[Entry]:

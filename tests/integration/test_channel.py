@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-async def redis(stack: LocalStack) -> AsyncIterator[Redis[bytes]]:
+async def redis(stack: LocalStack) -> AsyncIterator[Redis]:
     """A client of the stack's Valkey."""
     client = Redis.from_url(stack.redis_url)
     yield client
@@ -29,7 +29,7 @@ async def redis(stack: LocalStack) -> AsyncIterator[Redis[bytes]]:
 
 
 @pytest.fixture
-def channel(redis: Redis[bytes]) -> ResultChannel:
+def channel(redis: Redis) -> ResultChannel:
     """The subject."""
     return ResultChannel(redis)
 
@@ -94,7 +94,7 @@ async def test_a_reader_that_waits_is_woken(channel: ResultChannel, namespace: s
 
 
 async def test_publishing_wakes_those_who_wait_for_the_job(
-    channel: ResultChannel, redis: Redis[bytes], namespace: str
+    channel: ResultChannel, redis: Redis, namespace: str
 ):
     result = outcome(namespace)
     signals: Any = redis.pubsub(ignore_subscribe_messages=True)
@@ -115,7 +115,7 @@ async def test_namespaces_and_channels_do_not_meet(channel: ResultChannel, names
 
 
 async def test_a_channel_is_trimmed_and_expires(
-    channel: ResultChannel, redis: Redis[bytes], namespace: str
+    channel: ResultChannel, redis: Redis, namespace: str
 ):
     for _ in range(10):
         await channel.publish([("c", outcome(namespace)) for _ in range(100)], maxlen=100, ttl_s=60)
@@ -155,7 +155,7 @@ async def test_what_a_dead_member_left_is_taken_over(channel: ResultChannel, nam
 
 
 async def test_repeats_are_dropped_and_never_left_pending(
-    channel: ResultChannel, redis: Redis[bytes], namespace: str
+    channel: ResultChannel, redis: Redis, namespace: str
 ):
     result = outcome(namespace)
     newer = outcome(namespace, result.job_id, token=2)
@@ -170,7 +170,7 @@ async def test_repeats_are_dropped_and_never_left_pending(
 
 
 async def test_a_slow_consumer_is_not_given_its_own_work_twice(
-    channel: ResultChannel, redis: Redis[bytes], namespace: str
+    channel: ResultChannel, redis: Redis, namespace: str
 ):
     await channel.publish([("c", outcome(namespace))])
     consumer = channel.consume(namespace, "c", "g", "me", stale_s=0.05, block_s=0.05)
@@ -181,7 +181,7 @@ async def test_a_slow_consumer_is_not_given_its_own_work_twice(
 
 
 async def test_a_foreign_entry_stops_nobody(
-    channel: ResultChannel, redis: Redis[bytes], namespace: str
+    channel: ResultChannel, redis: Redis, namespace: str
 ):
     stream = names.results_stream(namespace, "c")
     await redis.xadd(stream, {"nonsense": "\x00"})
@@ -192,7 +192,7 @@ async def test_a_foreign_entry_stops_nobody(
 
 
 async def test_a_group_survives_the_loss_of_its_stream(
-    channel: ResultChannel, redis: Redis[bytes], namespace: str
+    channel: ResultChannel, redis: Redis, namespace: str
 ):
     await channel.publish([("c", outcome(namespace))])
     consumer = channel.consume(namespace, "c", "g", "me", block_s=0.05)
@@ -208,13 +208,16 @@ async def test_a_group_survives_the_loss_of_its_stream(
 
 
 async def test_tokens_are_read_on_from_a_cursor(
-    channel: ResultChannel, redis: Redis[bytes], namespace: str
+    channel: ResultChannel, redis: Redis, namespace: str
 ):
     job_id = uuid4()
-    await channel.append_tokens(namespace, job_id, [(0, "Be"), (1, "Ja"), (0, "cause ")])
+    await channel.append_tokens(namespace, job_id, [(0, 0, "Be"), (1, 0, "Ja"), (0, 2, "cause ")])
     first = await channel.read_tokens(namespace, job_id, count=2)
-    assert [(delta.index, delta.text) for delta in first] == [(0, "Be"), (1, "Ja")]
-    await channel.append_tokens(namespace, job_id, [(0, "not.")], finished=True, ttl_s=60)
+    assert [(delta.index, delta.offset, delta.text) for delta in first] == [
+        (0, 0, "Be"),
+        (1, 0, "Ja"),
+    ]
+    await channel.append_tokens(namespace, job_id, [(0, 8, "not.")], finished=True, ttl_s=60)
     rest = await channel.read_tokens(namespace, job_id, first[-1].cursor)
     assert [(delta.text, delta.finished) for delta in rest] == [
         ("cause ", False),
@@ -235,7 +238,7 @@ async def test_a_cursor_that_is_none_is_refused(
 
 
 async def test_a_redis_that_is_away_is_our_error(namespace: str):
-    nobody: Redis[bytes] = Redis.from_url("redis://127.0.0.1:1")
+    nobody: Redis = Redis.from_url("redis://127.0.0.1:1")
     channel = ResultChannel(nobody)
     for call in (
         channel.publish([("c", outcome(namespace))]),

@@ -1,0 +1,109 @@
+"""Following a job's text while it grows, across reconnections and beyond the stream's end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from schema.errors import BrokerUnavailableError, InvalidRequestError
+from workers.channel import TokenDelta
+from workers.outcome import LOOK_S, not_found
+from workers.streams import START
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from schema.jobs import JobResult
+    from workers.connection import Connection
+    from workers.jobs import JobRef
+
+_BLOCK_S = 1.0
+
+
+async def follow(
+    connection: Connection, job: JobRef, cursor: str = START
+) -> AsyncIterator[TokenDelta]:
+    """Yield the text of a job as it grows, and what remains of it once the stream is gone.
+
+    A cursor says both the place in the stream and how much text of each answer was handed out, so
+    that nothing is lost or repeated when the stream has expired, or a second run wrote it anew.
+
+    Args:
+        connection: Open resources.
+        job: The job; it must have been submitted with ``stream=True`` for text to come early.
+        cursor: Of the last delta that the caller has; from the beginning unless given.
+
+    Yields:
+        Deltas, the last of which has ``finished`` set.
+
+    Raises:
+        InvalidRequestError: `cursor` is none of ours.
+        JobNotFoundError: The database has no such job.
+        BrokerUnavailableError: Redis cannot be used now, and there is no database.
+    """
+    place, had = _parse(cursor)
+    looked_at = 0.0
+    while True:
+        deltas = []
+        try:
+            deltas = await connection.channel.read_tokens(
+                job.namespace, job.id, place, block_s=_BLOCK_S
+            )
+        except BrokerUnavailableError:
+            # The answer still comes, whole, from its row.
+            if connection.ledger is None:
+                raise
+        for delta in deltas:
+            place = delta.cursor
+            text = delta.text[max(0, had[delta.index] - delta.offset) :]
+            had[delta.index] = max(had[delta.index], delta.offset + len(delta.text))
+            if text or delta.finished:
+                yield TokenDelta(
+                    cursor=_format(place, had),
+                    text=text,
+                    index=delta.index,
+                    offset=had[delta.index] - len(text),
+                    finished=delta.finished,
+                )
+            if delta.finished:
+                return
+        if deltas or connection.ledger is None or time.monotonic() - looked_at < LOOK_S:
+            continue
+        looked_at = time.monotonic()
+        result = await connection.ledger.result(job.namespace, job.id)
+        if result is not None:
+            for delta in _rest(result, place, had):
+                yield delta
+            return
+        if await connection.ledger.status(job.namespace, job.id) is None:
+            raise not_found(job)
+
+
+def _rest(result: JobResult, place: str, had: Counter[int]) -> Iterator[TokenDelta]:
+    texts = {answer.index: answer.text for answer in result.outputs}
+    if not texts and result.text is not None:
+        texts = {0: result.text}
+    for index, text in sorted(texts.items()):
+        offset = had[index]
+        if rest := text[offset:]:
+            had[index] += len(rest)
+            yield TokenDelta(cursor=_format(place, had), text=rest, index=index, offset=offset)
+    yield TokenDelta(cursor=_format(place, had), text="", finished=True)
+
+
+def _format(place: str, had: Counter[int]) -> str:
+    return "/".join([place, *(f"{index}:{count}" for index, count in sorted(had.items()) if count)])
+
+
+def _parse(cursor: str) -> tuple[str, Counter[int]]:
+    place, *counts = cursor.split("/")
+    had: Counter[int] = Counter()
+    try:
+        for count in counts:
+            index, _, number = count.partition(":")
+            had[int(index)] = int(number)
+    except ValueError:
+        msg = "is not the cursor of a token delta"
+        raise InvalidRequestError(msg, field="cursor", value=cursor) from None
+    return place, had
