@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import AsyncIterator
 
 import redis
 from celery import Celery
-from celery.exceptions import SoftTimeLimitExceeded
+from celery.exceptions import Reject, SoftTimeLimitExceeded
 
 from workers.pool import AsyncTask, TaskPool, lifespan, running_pool, wait_for
 from workers.transport import broker_settings
@@ -34,14 +35,16 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     accept_content=["json"],
     worker_hijack_root_logger=False,
-    task_default_queue="pool",
+    task_default_queue=os.environ.get("POOL_APP_QUEUE", "pool"),
+    worker_pool_exit_timeout_s=float(os.environ.get("POOL_APP_EXIT", "30")),
 )
+app.conf.worker_pool_cancel_timeout_s = float(os.environ.get("POOL_APP_CANCEL", "5"))
 if os.environ.get("POOL_APP_DRAIN"):
     app.conf.worker_pool_drain_timeout_s = float(os.environ["POOL_APP_DRAIN"])
 if os.environ.get("POOL_APP_HARDENED"):
     app.conf.update(broker_settings(URL, max_message_bytes=100_000))
 
-_trace = redis.Redis.from_url(URL.replace("redis+socket", "unix"))
+_trace = redis.Redis.from_url(URL.replace("redis+socket", "unix").replace("virtual_host=", "db="))
 
 
 def note(event: str) -> None:
@@ -54,6 +57,13 @@ def note(event: str) -> None:
 async def life(pool: TaskPool) -> AsyncIterator[None]:
     if os.environ.get("POOL_APP_FAIL_START"):
         raise RuntimeError("the engine does not start")
+    if os.environ.get("POOL_APP_SLOW_START"):
+        note("entering")
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            note("start cancelled")
+            raise
     note(f"enter {pool.loop is asyncio.get_running_loop()}")
     yield
     await asyncio.sleep(0)
@@ -146,6 +156,26 @@ def raises(kind: str) -> None:
 async def raises_async(kind: str) -> None:
     await asyncio.sleep(0)
     raise {"SystemExit": SystemExit, "GeneratorExit": GeneratorExit}[kind]
+
+
+@app.task(acks_late=False)
+def early(seconds: float) -> None:
+    """Wait, its message already acknowledged."""
+    note("start early")
+    wait_for(asyncio.sleep(seconds))
+
+
+@app.task
+def blocks(seconds: float) -> None:
+    """Hold the loop, as no task should."""
+    note("start blocks")
+    time.sleep(seconds)
+
+
+@app.task
+def refuses() -> None:
+    """Reject its own message."""
+    raise Reject("not for me", requeue=False)
 
 
 @app.task

@@ -1,0 +1,255 @@
+"""Poison thrown at a real worker: it goes on, and every byte of it is kept."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import pickle
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kombu import Connection
+
+from tests.integration.pool_worker import (
+    DEADLINE_S,
+    Worker,
+    kombu_url,
+    plain_redis,
+    running,
+    until,
+)
+from workers.transport import broker_settings, read_dead
+
+QUEUE = "hardened"
+DEAD = "promptmill:dead"
+
+
+@pytest.fixture(scope="module")
+def server(stack: Any) -> Iterator[Any]:
+    client = plain_redis(stack.redis_url)
+    client.flushdb()
+    yield client
+    client.flushdb()
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def tasks(stack: Any, server: Any) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POOL_APP_URL", kombu_url(stack.redis_url))
+        module = importlib.import_module("tests.integration.pool_app")
+    yield module
+    module.app.close()
+
+
+@pytest.fixture(scope="module")
+def worker(stack: Any, server: Any, tasks: Any, tmp_path_factory: Any) -> Iterator[Worker]:
+    log = tmp_path_factory.mktemp("transport") / "worker.log"
+    url = kombu_url(stack.redis_url)
+    with running(url, server, log, queue=QUEUE, hardened=1, concurrency=20) as worker:
+        yield worker.ready()
+
+
+@pytest.fixture(scope="module")
+def sound(tasks: Any, server: Any) -> dict[str, Any]:
+    """A message as Celery sends it."""
+    tasks.empty.apply_async(queue="sample")
+    message = json.loads(server.rpop("sample"))
+    message["properties"]["delivery_info"]["routing_key"] = QUEUE
+    return dict(message)
+
+
+def encoded(body: Any) -> str:
+    return base64.b64encode(body if isinstance(body, bytes) else json.dumps(body).encode()).decode()
+
+
+def poison(sound: dict[str, Any]) -> dict[str, bytes]:
+    """Return items that are no messages of ours, by what is wrong with them."""
+
+    def changed(*path: str, to: Any = None) -> bytes:
+        message = json.loads(json.dumps(sound))
+        *parents, last = path
+        part = message
+        for name in parents:
+            part = part[name]
+        if to is None:
+            del part[last]
+        else:
+            part[last] = to
+        return json.dumps(message).encode()
+
+    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    return {
+        "text": b"not json",
+        "nothing but a space": b" ",
+        "binary": bytes(range(256)),
+        "pickle": pickle.dumps({"task": "empty"}),
+        "not utf-8": b'{"body": "\xff"}',
+        "half a message": json.dumps(sound).encode()[:-20],
+        "array": b"[]",
+        "null": b"null",
+        "number": b"1e999",
+        "digits without end": b"9" * 10_000,
+        "nested": b"[" * 50_000,
+        "nested and closed": b"[" * 40_000 + b"]" * 40_000,
+        "empty object": b"{}",
+        "unknown json type": b'{"__type__": "code", "__value__": "1"}',
+        "no properties": changed("properties"),
+        "properties of another type": changed("properties", to=[1]),
+        "no delivery tag": changed("properties", "delivery_tag"),
+        "delivery tag of another type": changed("properties", "delivery_tag", to={"a": 1}),
+        "no delivery info": changed("properties", "delivery_info"),
+        "no exchange": changed("properties", "delivery_info", "exchange"),
+        "exchange of nobody": changed("properties", "delivery_info", "exchange", to="nobody"),
+        "empty routing key": changed("properties", "delivery_info", "routing_key", to=""),
+        "priority of another type": changed("properties", "priority", to="high"),
+        "no body": changed("body"),
+        "body of another type": changed("body", to={"a": 1}),
+        "body not base64": changed("body", to="abc"),
+        "body not ascii": changed("body", to="ü"),
+        "body not json": changed("body", to=encoded(b"not json")),
+        "body not utf-8": changed("body", to=encoded(b'["\xff"]')),
+        "body an object": changed("body", to=encoded({"args": []})),
+        "body too short": changed("body", to=encoded([[], {}])),
+        "args of another type": changed("body", to=encoded(["ab", {}, embed])),
+        "kwargs of another type": changed("body", to=encoded([[], [], embed])),
+        "foreign embed": changed("body", to=encoded([[], {}, {"id": "other"}])),
+        "too large": changed("headers", "more", to="x" * 100_000),
+        "pickled body": changed("content-type", to="application/x-python-serialize"),
+        "yaml body": changed("content-type", to="application/x-yaml"),
+        "no content type": changed("content-type"),
+        "foreign encoding": changed("content-encoding", to="utf-7"),
+        "compressed": changed("headers", "compression", to="application/x-gzip"),
+        "bomb": changed("body", to=encoded(zlib.compress(b"0" * 10_000_000))),
+        "no headers": changed("headers"),
+        "headers of another type": changed("headers", to="x"),
+        "foreign headers": changed("headers", to={"dramatiq": True}),
+        "no task": changed("headers", "task"),
+        "task of another type": changed("headers", "task", to=["empty"]),
+        "unknown task": changed("headers", "task", to="os.system"),
+        "no id": changed("headers", "id"),
+        "id of another type": changed("headers", "id", to=5),
+        "id with a NUL": changed("headers", "id", to="a\x00b"),
+        "id of half a character": changed("headers", "id", to="\ud800"),
+        "eta of another type": changed("headers", "eta", to=5),
+        "eta no date": changed("headers", "eta", to="tomorrow"),
+        "expires no date": changed("headers", "expires", to="never"),
+        "time limit of another type": changed("headers", "timelimit", to="long"),
+        "negative time limit": changed("headers", "timelimit", to=[-1, None]),
+        "retries of another type": changed("headers", "retries", to="many"),
+        "stamps of another type": changed("headers", "stamped_headers", to=[["a"]]),
+        "shadow of another type": changed("headers", "shadow", to=["a"]),
+    }
+
+
+def test_poison_is_set_aside_and_the_worker_goes_on(
+    worker: Worker, tasks: Any, server: Any, sound: dict[str, Any]
+) -> None:
+    server.delete(DEAD)
+    items = poison(sound)
+    for item in items.values():
+        server.lpush(QUEUE, item)
+    good = tasks.plain_nap.apply_async((0.01,), queue=QUEUE)
+    assert good.get(timeout=DEADLINE_S) == "asyncio-pool"
+    until("all to be set aside", lambda: server.llen(DEAD) >= len(items))
+
+    entries = [read_dead(entry) for entry in server.lrange(DEAD, 0, -1)]
+    assert sorted(item for item, _, _ in entries) == sorted(items.values())
+    assert {queue for _, _, queue in entries} == {QUEUE}
+    assert all(reason for _, reason, _ in entries)
+    until("nothing to be unacknowledged", lambda: server.hlen("unacked") == 0)
+    assert server.llen(QUEUE) == 0
+    assert not worker.gone()
+    assert "Connection to broker lost" not in worker.output()
+
+
+def test_a_task_can_refuse_its_message(worker: Worker, tasks: Any, server: Any) -> None:
+    server.delete(DEAD)
+    tasks.refuses.apply_async(queue=QUEUE)
+    until("it to be set aside", lambda: server.llen(DEAD) == 1)
+    item, reason, _ = read_dead(server.lindex(DEAD, 0))
+    assert json.loads(item)["headers"]["task"] in reason
+    until("nothing to be unacknowledged", lambda: server.hlen("unacked") == 0)
+
+
+@pytest.mark.parametrize("data", [b"not json", b"{}", b"\xff", b'{"properties": {}}', b"[1]"])
+def test_poison_on_the_control_channel(
+    worker: Worker, tasks: Any, server: Any, data: bytes
+) -> None:
+    for channel in server.pubsub_channels("*celery.pidbox*"):
+        server.publish(channel, data)
+    pong = tasks.app.control.inspect(["w@test"], timeout=5).ping()
+    assert pong == {"w@test": {"ok": "pong"}}
+
+
+def test_values_of_sound_messages_do_not_matter(worker: Worker, tasks: Any, server: Any) -> None:
+    server.delete(DEAD)
+    name = "ü \x00 " + "x" * 1000
+    assert tasks.plain_nap.apply_async((0.0, name), queue=QUEUE).get(timeout=DEADLINE_S)
+    assert server.llen(DEAD) == 0
+
+
+def test_basic_get_skips_poison(stack: Any, server: Any, sound: dict[str, Any]) -> None:
+    server.delete(DEAD, "got")
+    settings = broker_settings(kombu_url(stack.redis_url))
+    message = json.loads(json.dumps(sound))
+    message["properties"]["delivery_info"]["routing_key"] = "got"
+    for item in (b"poison", json.dumps(message).encode()):
+        server.lpush("got", item)
+    with Connection(
+        settings["broker_url"],
+        transport=settings["broker_transport"],
+        transport_options=settings["broker_transport_options"],
+    ) as connection:
+        channel = connection.channel()
+        found = channel.basic_get("got")
+        assert found.headers["id"] == message["headers"]["id"]
+        found.ack()
+        assert channel.basic_get("got") is None
+    assert read_dead(server.lindex(DEAD, 0))[0] == b"poison"
+
+
+def test_entries_survive_an_outage(stack: Any, server: Any, monkeypatch: Any) -> None:
+    server.delete(DEAD)
+    settings = broker_settings(kombu_url(stack.redis_url))
+
+    def connect() -> Connection:
+        return Connection(settings["broker_url"], transport=settings["broker_transport"])
+
+    with connect() as connection:
+        channel = connection.channel()
+        with monkeypatch.context() as away:
+            away.setattr(channel.Client.func, "rpush", _away)
+            with pytest.raises(ConnectionError):
+                channel._bury(b"kept", "q", "why")
+        assert server.llen(DEAD) == 0
+        with connect() as again:
+            again.channel()
+    assert read_dead(server.lindex(DEAD, 0)) == (b"kept", "why", "q")
+
+
+def _away(*args: Any) -> None:
+    raise ConnectionError("away")
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://:s@h:1/2", "redis://:s@h:1/2"),
+        ("rediss://h/0", "rediss://h/0"),
+        ("unix:///run/v.sock?db=3", "promptmill+socket:///run/v.sock?virtual_host=3"),
+        ("unix:///run/v.sock", "promptmill+socket:///run/v.sock?virtual_host=0"),
+        ("unix://u:p@/run/v.sock", "promptmill+socket://u:p@/run/v.sock?virtual_host=0"),
+    ],
+)
+def test_broker_url(url: str, expected: str) -> None:
+    assert broker_settings(url)["broker_url"] == expected
+
+
+def test_the_dead_list_is_documented_as_it_is(tmp_path: Path) -> None:
+    entry = json.dumps({"item_base64": "AAE=", "reason": "r", "queue": "q"})
+    assert read_dead(entry) == (b"\x00\x01", "r", "q")
