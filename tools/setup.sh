@@ -67,7 +67,7 @@ else
 fi
 
 install() {
-    "$uv" pip install --python "$venv/bin/python" --constraints constraints.txt "$@"
+    "$uv" pip install --compile-bytecode --python "$venv/bin/python" --constraints constraints.txt "$@"
 }
 
 echo "promptmill setup: installing packages for the $device (3.5 GB, kept in uv's cache)"
