@@ -174,9 +174,8 @@ class TaskPool(BasePool):
             Exception: whatever a lifespan raised; the worker then ends.
         """
         global _running  # noqa: PLW0603  there is one pool in a worker process
-        _running = self
-        enter = [functools.partial(enter, self) for enter in _lifespans.get(self.app, ())]
-        self._tasks.start(enter)
+        registered = [] if self.app is None else _lifespans.get(self.app, [])
+        self._tasks.start([functools.partial(enter, self) for enter in registered])
         try:
             while not self._tasks.started.done():
                 time.sleep(TICK_S)
@@ -187,6 +186,7 @@ class TaskPool(BasePool):
             self._tasks.thread.join(self._cancel_timeout_s)
             raise
         self._tasks.started.result()
+        _running = self
 
     def did_start_ok(self) -> bool:
         """Say whether the loop runs."""
