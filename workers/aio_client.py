@@ -12,9 +12,10 @@ from schema import names
 from schema.errors import InvalidRequestError
 from schema.jobs import JobSpec, JobState
 from schema.refusal import did_you_mean
+from workers.cursors import START
 from workers.jobs import AsyncJob, JobRef
 from workers.outcome import not_found, outcome
-from workers.streams import START, broker_errors
+from workers.streams import broker_errors
 from workers.submission import SubmitDefaults, SubmitOptions, build_spec, build_specs
 from workers.token_stream import follow
 

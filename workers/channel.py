@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from schema import names
 from workers.consumer import ChannelConsumer
+from workers.cursors import START, checked_cursor
 from workers.streams import (
-    START,
     Delivery,
     broker_errors,
-    checked_cursor,
     deliveries_of,
     entries_of,
     milliseconds,

@@ -14,23 +14,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from schema.names import DEFAULT_CHANNEL
-from workers.aio_client import AsyncJobClient, JobName
-from workers.jobs import AsyncJob, Job
+from workers.cursors import START
+from workers.jobs import Job
 from workers.loop_thread import LoopThread
-from workers.streams import START
-from workers.submission import SubmitOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from uuid import UUID
 
     from schema.jobs import JobResult, JobSpec, JobState, JobStatus
+    from workers.aio_client import JobName
     from workers.channel import TokenDelta
     from workers.consumer import ChannelConsumer
+    from workers.jobs import AsyncJob
     from workers.settings import Settings
     from workers.streams import Delivery
-
-__all__ = ["AsyncJob", "AsyncJobClient", "Job", "JobClient", "JobName", "SubmitOptions"]
+    from workers.submission import SubmitOptions
 
 
 class JobClient:
@@ -42,6 +41,8 @@ class JobClient:
     """
 
     def __init__(self, settings: Settings, *, wait_s: float = 0.0) -> None:
+        from workers.aio_client import AsyncJobClient  # late: most of what an import costs
+
         self._aio = AsyncJobClient(settings, wait_s=wait_s)
         self._thread = LoopThread("promptmill client")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from workers.cursors import START
 from workers.streams import (
-    START,
     Delivery,
     Entry,
     broker_errors,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from workers.streams import START
+from workers.cursors import START
 
 if TYPE_CHECKING:
     from schema.jobs import JobResult, JobStatus

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from schema import names
 from schema.errors import JobNotFoundError, ResultTimeoutError
-from workers.streams import START
+from workers.cursors import START
 
 if TYPE_CHECKING:
     from schema.jobs import JobResult

@@ -17,8 +17,9 @@ from schema.errors import (
 )
 from schema.refusal import did_you_mean
 from workers import registry
+from workers.cursors import START
 from workers.endpoints import BUNDLED, served_name
-from workers.streams import START, broker_errors
+from workers.streams import broker_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from schema.errors import BrokerUnavailableError, InvalidRequestError
+from schema.errors import BrokerUnavailableError
 from schema.jobs import JobResult
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 #: One entry of a stream: its id and its fields.
 Entry = tuple[bytes, dict[bytes, bytes]]
-#: Cursor before the first entry of any stream.
-START = "0-0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +94,3 @@ def deliveries_of(entries: list[Entry]) -> list[Delivery]:
 def milliseconds(seconds: float | None) -> int | None:
     """Return a block time for Redis, which takes 0 for ever."""
     return None if seconds is None else max(1, int(seconds * 1000))
-
-
-def checked_cursor(cursor: str) -> str:
-    """Return the cursor, refusing what is not a position in a stream.
-
-    Raises:
-        InvalidRequestError: It is not one.
-    """
-    head, _, tail = cursor.partition("-")
-    if not head.isdigit() or (tail and not tail.isdigit()):
-        msg = f"is not a stream position such as {START}"
-        raise InvalidRequestError(msg, field="cursor", value=cursor)
-    return cursor

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from schema.errors import BrokerUnavailableError, InvalidRequestError
 from workers.channel import TokenDelta
+from workers.cursors import START
 from workers.outcome import LOOK_S, not_found
-from workers.streams import START
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -180,9 +180,7 @@ async def test_a_slow_consumer_is_not_given_its_own_work_twice(
     assert pending["pending"] == 1
 
 
-async def test_a_foreign_entry_stops_nobody(
-    channel: ResultChannel, redis: Redis, namespace: str
-):
+async def test_a_foreign_entry_stops_nobody(channel: ResultChannel, redis: Redis, namespace: str):
     stream = names.results_stream(namespace, "c")
     await redis.xadd(stream, {"nonsense": "\x00"})
     await redis.xadd(stream, {"result": "{}"})
