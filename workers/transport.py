@@ -115,7 +115,7 @@ class _Guard:
         return self._sift(reply) if command_name == "BRPOP" and reply else reply
 
 
-class _GuardedRedis(_Guard, redis.Redis):  # type: ignore[type-arg]  # generic to mypy only
+class _GuardedRedis(_Guard, redis.Redis):  # type: ignore[type-arg,unused-ignore]  # by some stubs
     """With plain keys."""
 
 
