@@ -1,0 +1,228 @@
+"""What the guard reads out of one analysis: numbers, names, negation, content words and roles."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from workers.enrich import closed_class as closed
+from workers.enrich.lexicon import Lexicon
+
+if TYPE_CHECKING:
+    from workers.engine.protocols import Analysis, Token
+
+_DIGIT = re.compile(r"\d")
+_LETTER = re.compile(r"[^\W\d_]")
+
+#: What may stand around a number.
+_AROUND = "$\u00a3\u20ac#.'\u2019-+"
+
+#: Entities that are amounts or times: the numbers and dates say what matters of them.
+_AMOUNTS = frozenset({"CARDINAL", "DATE", "MONEY", "ORDINAL", "PERCENT", "QUANTITY", "TIME"})
+
+_GRADED = frozenset({"JJR", "JJS", "RBR", "RBS"})
+
+#: Relations to a head, as the guard compares them; passive voice is turned round.
+_ROLES = {
+    "nsubj": "subject",
+    "csubj": "subject",
+    "agent": "subject",
+    "nsubjpass": "object",
+    "csubjpass": "object",
+    "dobj": "object",
+    "obj": "object",
+    "dative": "dative",
+    "poss": "of",
+    "attr": "attribute",
+    "acomp": "attribute",
+    "oprd": "attribute",
+    "amod": "modifier",
+    "compound": "modifier",
+    "nmod": "modifier",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """What one word does in its clause."""
+
+    label: str  # subject, object, … or the preposition it stands with
+    head: str  # base form of the word it depends on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One prompt as the rules see it. Words are base forms in lower case."""
+
+    language: str
+    truncated: bool
+    question: bool  # it asks, rather than states or orders
+    numbers: Counter[str]
+    dates: frozenset[str]  # months, weekdays, today and the like
+    names: frozenset[str]
+    words: frozenset[str]  # every word, as written and as base form
+    negations: int
+    asked_for: frozenset[str]  # kinds of question word: who, when, how many, …
+    quantifiers: frozenset[str]
+    formats: frozenset[str]  # what the answer is to look like
+    compares: bool
+    content: tuple[str, ...]  # words that carry content, each once, in order
+    light: frozenset[str]  # words that say little in a question
+    order: tuple[str, ...]  # all words that carry content, as they follow each other
+    grammar: Counter[str]  # closed-class words that have an opposite
+    roles: tuple[tuple[str, Role], ...]
+
+
+def read(analysis: Analysis, lexicon: Lexicon) -> Reading:
+    """Read one analysis.
+
+    Args:
+        analysis: Made by the same pipeline as the one it is to be compared with.
+        lexicon: Base forms and names.
+
+    Returns:
+        What the rules compare.
+    """
+    tokens = analysis.tokens
+    lowers = [token.text.lower() for token in tokens]
+    bases = [_base(token, lexicon) for token in tokens]
+    question = _is_question(analysis.text, tokens)
+    names = frozenset(_names(tokens, bases, lexicon))
+    carrying = [
+        (base, token)
+        for base, token in zip(bases, tokens, strict=True)
+        if _carries_content(base, token)
+    ]
+    light = frozenset(base for base, _ in carrying if base in closed.LIGHT)
+    skipped = closed.LIGHT if question else closed.EMPTY
+    return Reading(
+        language=analysis.language,
+        truncated=analysis.truncated,
+        question=question,
+        numbers=Counter(_numbers(tokens, lowers)),
+        dates=frozenset(closed.DATES & set(lowers)),
+        names=names,
+        words=frozenset([*lowers, *bases]),
+        negations=_negations(lowers),
+        asked_for=frozenset(_asked_for(tokens, lowers)),
+        quantifiers=frozenset(
+            closed.QUANTIFIERS[word] for word in lowers if word in closed.QUANTIFIERS
+        ),
+        formats=frozenset(closed.FORMATS & {*lowers, *bases}),
+        compares="than" in lowers,
+        content=tuple(dict.fromkeys(base for base, _ in carrying if base not in skipped)),
+        light=light,
+        order=tuple(base for base, _ in carrying),
+        grammar=Counter(word for word in lowers if word in closed.OPPOSED),
+        roles=tuple(_roles(tokens, bases)),
+    )
+
+
+def _base(token: Token, lexicon: Lexicon) -> str:
+    base: str = lexicon.base(token.text, token.pos, token.tag in _GRADED)
+    if base not in lexicon and token.pos == "PROPN":
+        # A misread common noun at the start of a sentence or in a title.
+        base = lexicon.base(token.text, "NOUN")
+    return base
+
+
+def _is_question(text: str, tokens: tuple[Token, ...]) -> bool:
+    if "?" in text:
+        return True
+    first = tokens[0] if tokens else None
+    return first is not None and (first.tag in {"WP", "WRB", "WDT", "WP$", "MD"})
+
+
+def _carries_content(base: str, token: Token) -> bool:
+    if token.pos in closed.FUNCTION_POS or base in closed.NEGATIONS:
+        return False
+    return bool(_LETTER.search(base)) and not _DIGIT.search(base)
+
+
+def _names(tokens: tuple[Token, ...], bases: list[str], lexicon: Lexicon) -> Iterator[str]:
+    """Find the words that name one thing in the world.
+
+    A small tagger takes many capitals for names. A capital is a sign only inside a sentence that
+    is not written in capitals throughout; elsewhere the dictionary decides.
+    """
+    letters = [token for token in tokens if _LETTER.search(token.text)]
+    capitals = sum(token.text[0].isupper() for token in letters)
+    shouting = len(letters) > 3 and capitals > 0.6 * len(letters)
+    for token, base in zip(tokens, bases, strict=True):
+        if not _LETTER.search(token.text) or _DIGIT.search(token.text):
+            continue
+        if lexicon.is_name(base) and token.pos in {"PROPN", "NOUN", "ADJ"}:
+            yield base
+            continue
+        tagged = token.pos == "PROPN" or (token.ent not in _AMOUNTS and bool(token.ent))
+        if not tagged or token.pos in closed.FUNCTION_POS or token.text.lower() in closed.DATES:
+            continue
+        common = base in lexicon
+        sure = token.text[0].isupper() and not shouting and not _opens_sentence(token, tokens)
+        if sure or not common:
+            yield base
+
+
+def _opens_sentence(token: Token, tokens: tuple[Token, ...]) -> bool:
+    before = [other for other in tokens if other.start < token.start]
+    return not before or before[-1].text in {".", "?", "!", ":", '"', "“", "-"}
+
+
+def _numbers(tokens: tuple[Token, ...], lowers: list[str]) -> Iterator[str]:
+    for token, word in zip(tokens, lowers, strict=True):
+        if _DIGIT.search(word):
+            yield word.replace(",", "").strip(_AROUND).removesuffix(".0") or word
+        elif word in closed.NUMBERS and token.pos in {"NUM", "ADJ", "NOUN"}:
+            yield closed.NUMBERS[word]
+
+
+def _negations(lowers: list[str]) -> int:
+    """Count negations; "or not" at the end of a question denies nothing."""
+    return sum(
+        word in closed.NEGATIONS and not (at and lowers[at - 1] == "or")
+        for at, word in enumerate(lowers)
+    )
+
+
+def _asked_for(tokens: tuple[Token, ...], lowers: list[str]) -> Iterator[str]:
+    for at, (token, word) in enumerate(zip(tokens, lowers, strict=True)):
+        if not token.tag.startswith("W"):
+            continue
+        following = lowers[at + 1] if at + 1 < len(lowers) else ""
+        if word == "how" and following in closed.MEASURES:
+            yield f"how {following}"
+        elif word in closed.ASKING:
+            yield closed.ASKING[word]
+
+
+def _roles(tokens: tuple[Token, ...], bases: list[str]) -> Iterator[tuple[str, Role]]:
+    """Say what each noun, name or pronoun does, prepositions folded into the role."""
+    for token, base in zip(tokens, bases, strict=True):
+        if token.pos in {"DET", "PUNCT", "AUX", "PART", "CCONJ", "SCONJ", "ADP"}:
+            continue
+        base = closed.PRONOUNS.get(base, base)  # noqa: PLW2901  "him" is "he"
+        governor = _first_of_series(token, tokens)
+        head = tokens[governor.head]
+        if governor.dep in {"pobj", "pcomp"}:
+            beyond = tokens[head.head]
+            label = "subject" if head.dep == "agent" else head.text.lower()
+            yield base, Role(label=label, head=bases[head.head] if beyond is not head else "")
+        elif governor.dep in _ROLES:
+            yield base, Role(label=_ROLES[governor.dep], head=bases[governor.head])
+
+
+def _first_of_series(token: Token, tokens: tuple[Token, ...]) -> Token:
+    """Return the first of "a, b and c", whose role all of them have."""
+    seen = 0
+    while token.dep == "conj" and seen < len(tokens):
+        token = tokens[token.head]
+        seen += 1
+    return token
+
+
+def words_of(items: Iterable[str]) -> str:
+    """Write words for people, in quotation marks."""
+    return ", ".join(f'"{item}"' for item in sorted(items))
