@@ -234,6 +234,10 @@ class JobRow(Base):
 
     __table_args__ = (
         CheckConstraint(f"state in ({_STATES})", name="state"),
+        CheckConstraint(
+            f"(state = '{JobState.RUNNING}') = (lease_until IS NOT NULL)", name="lease"
+        ),
+        CheckConstraint(f"({_LIVE}) = (finished_at IS NULL)", name="finished"),
         Index(
             "uq_jobs_namespace_idempotency_key",
             "namespace",

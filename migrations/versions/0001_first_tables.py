@@ -250,6 +250,13 @@ def upgrade() -> None:
             "state in ('queued', 'running', 'done', 'failed', 'cancelled', 'expired')",
             name=op.f("ck_jobs_state"),
         ),
+        sa.CheckConstraint(
+            "(state = 'running') = (lease_until IS NOT NULL)", name=op.f("ck_jobs_lease")
+        ),
+        sa.CheckConstraint(
+            "(state in ('queued', 'running')) = (finished_at IS NULL)",
+            name=op.f("ck_jobs_finished"),
+        ),
         sa.ForeignKeyConstraint(
             ["batch_id"], ["batches.id"], name=op.f("fk_jobs_batch_id"), ondelete="CASCADE"
         ),

@@ -19,27 +19,29 @@ if TYPE_CHECKING:
     from workers.engine.protocols import StoredAnswer
     from workers.store.records import Delivery, Held, Outcome
 
+# As in `workers.store.claims`, rows are found by id alone and locked in that order. What is to be
+# written comes along with the lock: joined to it afterwards, it would be by a nested loop.
 _FINISH = text(
     """
-    WITH outcome AS (
-        SELECT * FROM unnest(
+    WITH mine AS (
+        SELECT jobs.id, outcome.state, outcome.result, outcome.error, outcome.provenance,
+               outcome.answer_id
+        FROM unnest(
             CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:states AS text[]),
             CAST(:results AS text[]), CAST(:errors AS text[]), CAST(:provenances AS text[]),
             CAST(:answer_ids AS uuid[])
         ) AS outcome (id, token, state, result, error, provenance, answer_id)
-    ), mine AS (
-        SELECT jobs.id
-        FROM jobs JOIN outcome ON jobs.id = outcome.id AND jobs.token = outcome.token
-        WHERE jobs.state = 'running'
+             JOIN jobs ON jobs.id = outcome.id AND jobs.token = outcome.token
+        WHERE lease_until IS NOT NULL
         ORDER BY jobs.id
         FOR NO KEY UPDATE OF jobs
     )
     UPDATE jobs
-    SET state = outcome.state, result = CAST(outcome.result AS jsonb),
-        error = CAST(outcome.error AS jsonb), provenance = outcome.provenance,
-        answer_id = outcome.answer_id, finished_at = now(), lease_owner = NULL, lease_until = NULL
-    FROM outcome, mine
-    WHERE jobs.id = mine.id AND outcome.id = mine.id
+    SET state = mine.state, result = CAST(mine.result AS jsonb),
+        error = CAST(mine.error AS jsonb), provenance = mine.provenance,
+        answer_id = mine.answer_id, finished_at = now(), lease_owner = NULL, lease_until = NULL
+    FROM mine
+    WHERE jobs.id = mine.id
     RETURNING jobs.id
     """
 )
@@ -49,9 +51,9 @@ _FINISH = text(
 _ENDED_BEFORE = text(
     """
     SELECT jobs.id
-    FROM jobs JOIN unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS run (id, token)
-      ON jobs.id = run.id AND jobs.token = run.token
-    WHERE state NOT IN ('queued', 'running')
+    FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS run (id, token)
+         JOIN jobs ON jobs.id = run.id AND jobs.token = run.token
+    WHERE finished_at IS NOT NULL
     """
 )
 
@@ -59,9 +61,9 @@ _MARK_PUBLISHED = text(
     """
     WITH mine AS (
         SELECT jobs.id
-        FROM jobs JOIN unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS run (id, token)
-          ON jobs.id = run.id AND jobs.token = run.token
-        WHERE published_at IS NULL AND state NOT IN ('queued', 'running')
+        FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS run (id, token)
+             JOIN jobs ON jobs.id = run.id AND jobs.token = run.token
+        WHERE finished_at IS NOT NULL AND coalesce(published_at, 'infinity') = 'infinity'
         ORDER BY jobs.id
         FOR NO KEY UPDATE OF jobs
     )
