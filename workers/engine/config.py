@@ -49,7 +49,7 @@ class SimilarityConfig(_Values):
     """Neighbours, and reuse by meaning."""
 
     embedder: str = Field("all-MiniLM-L6-v2", description="sentence-transformers model")
-    threshold: float = Field(0.85, ge=0, le=1, description="cosine from which reuse is considered")
+    threshold: float = Field(0.78, ge=0, le=1, description="cosine from which reuse is considered")
     neighbours: int = Field(5, ge=0, le=100, description="neighbours named in the metadata")
     candidates: int = Field(5, ge=1, le=100, description="neighbours that the guard looks at")
     concurrency: int = Field(256, ge=1, description="texts waiting or embedded at a time")

@@ -169,6 +169,7 @@ class Verdict:
     allowed: bool
     rule: str | None = None  # the rule that refused
     detail: str | None = None  # what differed, for people
+    added: int = 0  # content words that only one has, where that is allowed; asks for nearness
 
 
 @dataclass(frozen=True, kw_only=True)
