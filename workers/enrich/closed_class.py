@@ -26,7 +26,9 @@ LIGHT = EMPTY | _words(
     "become keep put let need want like can could should may might must "
     "way thing person people someone anyone somebody anybody everyone everybody something "
     "anything one kind type sort example reason idea "
-    "good well actually exactly possible possibly much many most more also just even "
+    "good great nice top main major important various different several certain particular "
+    "specific suitable available effective okay suggest recommend try help start "
+    "well actually exactly possible possibly much many most more also just even "
     "ever still too some any other such now currently"
 )
 
@@ -40,8 +42,8 @@ NUMBERS = {
         word: str(value)
         for value, word in enumerate(
             _list(
-                "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-                "sixteen seventeen eighteen nineteen twenty"
+                "two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+                "fifteen sixteen seventeen eighteen nineteen twenty"
             ),
             start=2,
         )
@@ -103,7 +105,7 @@ OPPOSITES = {
     frozenset(pair.split("/"))
     for pair in _list(
         "on/off in/out into/out up/down before/after with/without over/under above/below "
-        "inside/outside onto/off from/to from/into since/until for/against towards/from "
+        "inside/outside onto/off from/into since/until for/against "
         "more/less more/fewer most/least most/fewest much/little many/few first/last "
         "left/right left/go always/never minimum/maximum min/max earlier/later sooner/later "
         "upward/downward forward/backward forwards/backwards asc/desc ascending/descending "
@@ -122,8 +124,8 @@ COMPARATIVE = _words("more less most least fewer fewest minimum maximum min max"
 #: What an answer may be asked to look like, and how long to be.
 FORMATS = _words(
     "json xml yaml csv html markdown latex table bullet bulleted essay poem haiku limerick rhyme "
-    "paragraph tweet email letter summary summarize summarise outline brief briefly concise "
-    "concisely detailed pseudocode regex diagram sentence word syllable python javascript java "
+    "paragraph tweet summary summarize summarise outline brief briefly concise "
+    "concisely detailed pseudocode regex diagram syllable python javascript java "
     "sql c++ bash rust"
 )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from workers.engine.protocols import Verdict
 from workers.enrich.lexicon import Lexicon
 from workers.enrich.reading import Reading, read
-from workers.enrich.rules import RULES
+from workers.enrich.rules import RULES, unmatched
 
 if TYPE_CHECKING:
     from workers.engine.protocols import Analysis
@@ -52,7 +52,7 @@ class Guard:
             reason = rule(one, other, self._lexicon)
             if reason is not None:
                 return Verdict(allowed=False, rule=name, detail=reason)
-        return Verdict(allowed=True)
+        return Verdict(allowed=True, added=sum(map(len, unmatched(one, other, self._lexicon))))
 
     def _read(self, analysis: Analysis) -> Reading:
         key = (analysis.pipeline, analysis.text)

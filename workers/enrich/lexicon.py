@@ -13,8 +13,8 @@ from pathlib import Path
 _DATA = Path(__file__).parent / "data" / "wordnet.tsv.gz"
 
 # WordNet's own rules of detachment (morphy(7WN)), by universal part of speech.
-_NOUN = (("ies", "y"), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
-         ("men", "man"), ("s", ""))  # fmt: skip
+_NOUN = (("s", ""), ("ies", "y"), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"),
+         ("shes", "sh"), ("men", "man"))  # fmt: skip
 _VERB = (("ies", "y"), ("es", "e"), ("es", ""), ("s", ""), ("ed", "e"), ("ed", ""),
          ("ing", "e"), ("ing", ""))  # fmt: skip
 _GRADE = (("ier", "y"), ("iest", "y"), ("er", "e"), ("est", "e"), ("er", ""), ("est", ""))
@@ -37,6 +37,9 @@ _REVERSING = ("un", "in", "im", "il", "ir", "dis", "non", "de", "mis", "anti")
 
 #: What may cling to a word's ends.
 _EDGES = "'\u2019.-_`\"*"
+
+#: Nothing shorter is left of a word: "do" and "be" have irregular forms only.
+_MIN_STEM_LETTERS = 3
 
 #: Words of fewer letters are too short to tell a slip of the pen from another word.
 _MIN_TYPO_LETTERS = 5
@@ -88,11 +91,14 @@ class Lexicon:
                 return irregular[2:]
         if word.endswith("ss") or (word in self and pos == "PROPN"):
             return word
-        for ending, instead in (*(_GRADE if graded else ()), *_ENDINGS.get(pos, ())):
+        endings = _ENDINGS.get(pos, ())
+        if word in self and pos == "NOUN":
+            endings = _NOUN  # "thing" and "building" are words of their own
+        for ending, instead in (*(_GRADE if graded else ()), *endings):
             if not word.endswith(ending):
                 continue
             stem = word[: len(word) - len(ending)] + instead
-            if len(stem) > 1 and stem in self:
+            if len(stem) >= _MIN_STEM_LETTERS and stem in self:
                 return stem
             if not instead and len(stem) > 3 and stem[-1] == stem[-2] and stem[:-1] in self:
                 return stem[:-1]  # the doubled consonant of "running"

@@ -25,6 +25,8 @@ _AMOUNTS = frozenset({"CARDINAL", "DATE", "MONEY", "ORDINAL", "PERCENT", "QUANTI
 
 _GRADED = frozenset({"JJR", "JJS", "RBR", "RBS"})
 
+_NO_ROLE = frozenset({"DET", "PUNCT", "AUX", "PART", "CCONJ", "SCONJ", "ADP"})
+
 #: Relations to a head, as the guard compares them; passive voice is turned round.
 _ROLES = {
     "nsubj": "subject",
@@ -63,6 +65,7 @@ class Reading:
     numbers: Counter[str]
     dates: frozenset[str]  # months, weekdays, today and the like
     names: frozenset[str]
+    given_names: frozenset[str]  # those of the names that a person's other name follows
     words: frozenset[str]  # every word, as written and as base form
     negations: int
     asked_for: frozenset[str]  # kinds of question word: who, when, how many, …
@@ -71,6 +74,7 @@ class Reading:
     compares: bool
     content: tuple[str, ...]  # words that carry content, each once, in order
     light: frozenset[str]  # words that say little in a question
+    initials: str  # first letters of its words; a space where a function word stands
     order: tuple[str, ...]  # all words that carry content, as they follow each other
     grammar: Counter[str]  # closed-class words that have an opposite
     roles: tuple[tuple[str, Role], ...]
@@ -105,6 +109,11 @@ def read(analysis: Analysis, lexicon: Lexicon) -> Reading:
         numbers=Counter(_numbers(tokens, lowers)),
         dates=frozenset(closed.DATES & set(lowers)),
         names=names,
+        given_names=frozenset(
+            base
+            for token, base in zip(tokens, bases, strict=True)
+            if token.ent == "PERSON" and token.dep == "compound"
+        ),
         words=frozenset([*lowers, *bases]),
         negations=_negations(lowers),
         asked_for=frozenset(_asked_for(tokens, lowers)),
@@ -115,8 +124,13 @@ def read(analysis: Analysis, lexicon: Lexicon) -> Reading:
         compares="than" in lowers,
         content=tuple(dict.fromkeys(base for base, _ in carrying if base not in skipped)),
         light=light,
+        initials=_initials(tokens),
         order=tuple(base for base, _ in carrying),
-        grammar=Counter(word for word in lowers if word in closed.OPPOSED),
+        grammar=Counter(
+            word
+            for token, word in zip(tokens, lowers, strict=True)
+            if word in closed.OPPOSED and not (word == "in" and token.dep == "prep")
+        ),
         roles=tuple(_roles(tokens, bases)),
     )
 
@@ -166,6 +180,12 @@ def _names(tokens: tuple[Token, ...], bases: list[str], lexicon: Lexicon) -> Ite
             yield base
 
 
+def _initials(tokens: tuple[Token, ...]) -> str:
+    return "".join(
+        " " if token.pos in closed.FUNCTION_POS else token.text[0].lower() for token in tokens
+    )
+
+
 def _opens_sentence(token: Token, tokens: tuple[Token, ...]) -> bool:
     before = [other for other in tokens if other.start < token.start]
     return not before or before[-1].text in {".", "?", "!", ":", '"', "“", "-"}
@@ -189,7 +209,7 @@ def _negations(lowers: list[str]) -> int:
 
 def _asked_for(tokens: tuple[Token, ...], lowers: list[str]) -> Iterator[str]:
     for at, (token, word) in enumerate(zip(tokens, lowers, strict=True)):
-        if not token.tag.startswith("W"):
+        if not token.tag.startswith("W") or tokens[token.head].dep in {"advcl", "relcl", "acl"}:
             continue
         following = lowers[at + 1] if at + 1 < len(lowers) else ""
         if word == "how" and following in closed.MEASURES:
@@ -201,7 +221,7 @@ def _asked_for(tokens: tuple[Token, ...], lowers: list[str]) -> Iterator[str]:
 def _roles(tokens: tuple[Token, ...], bases: list[str]) -> Iterator[tuple[str, Role]]:
     """Say what each noun, name or pronoun does, prepositions folded into the role."""
     for token, base in zip(tokens, bases, strict=True):
-        if token.pos in {"DET", "PUNCT", "AUX", "PART", "CCONJ", "SCONJ", "ADP"}:
+        if token.pos in _NO_ROLE or token.tag.startswith("W"):
             continue
         base = closed.PRONOUNS.get(base, base)  # noqa: PLW2901  "him" is "he"
         governor = _first_of_series(token, tokens)

@@ -42,15 +42,18 @@ def numbers(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
 
 
 def entities(asked: Reading, stored: Reading, lexicon: Lexicon) -> str | None:
-    """Refuse a name that the other prompt does not have in any spelling."""
-    for one, other in ((asked, stored), (stored, asked)):
-        missing = [
-            name
-            for name in one.names
-            if name not in other.words and not any(lexicon.near(name, w) for w in other.names)
-        ]
-        if missing:
-            return f"only one names {words_of(missing)}"
+    """Refuse a name that the other prompt does not have in any spelling.
+
+    An acronym counts as had when the words it stands for are there, and a person's given name may
+    be left out.
+    """
+    only_asked = _missing_names(asked, stored, lexicon)
+    only_stored = _missing_names(stored, asked, lexicon)
+    if not (only_asked and only_stored):
+        only_asked -= asked.given_names
+        only_stored -= stored.given_names
+    if only_asked or only_stored:
+        return _one_sided("name", only_asked, only_stored)
     return None
 
 
@@ -168,6 +171,15 @@ def unmatched(asked: Reading, stored: Reading, lexicon: Lexicon) -> tuple[list[s
     if "".join(only_asked) == "".join(only_stored):
         return [], []  # "data base" and "database"
     return only_asked, only_stored
+
+
+def _missing_names(one: Reading, other: Reading, lexicon: Lexicon) -> set[str]:
+    return {
+        name
+        for name in one.names - other.words
+        if name not in other.initials.split() and name not in one.initials.split()
+        if not any(lexicon.near(name, word) for word in other.words)
+    }
 
 
 def _only(asked: Reading, stored: Reading) -> tuple[list[str], list[str]]:
