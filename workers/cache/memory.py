@@ -1,0 +1,109 @@
+"""The memory tier: bounded by entries and bytes, with a time to live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from uuid import UUID
+
+from cachetools import TTLCache
+
+from workers.engine.protocols import StoredAnswer
+
+_ENTRY_OVERHEAD_BYTES = 2_000
+
+
+def _bytes_of(answer: StoredAnswer) -> int:
+    """Estimate what an answer takes in memory; a little too much rather than too little."""
+    size = _ENTRY_OVERHEAD_BYTES + len(answer.prompt or "")
+    for completion in answer.completions:
+        size += len(completion.text) + 36 * len(completion.token_ids)
+        size += 120 * sum(len(position) for position in completion.logprobs or () if position)
+    if answer.analysis is not None:
+        size += 400 * len(answer.analysis.tokens) + len(answer.analysis.text)
+    if isinstance(answer.pooled, list):
+        size += 32 * len(answer.pooled)
+    return size
+
+
+class MemoryCache:
+    """Answers by namespace and fingerprint; the least recently used make room.
+
+    Args:
+        entries: How many answers at most; 0 keeps none.
+        max_bytes: How many bytes at most, by estimate.
+        ttl_s: Seconds after which an answer is looked up in the store again.
+    """
+
+    def __init__(self, *, entries: int, max_bytes: int, ttl_s: float) -> None:
+        # One bound for both: an answer counts at least as much as its share of the entries.
+        least = max_bytes / entries if entries else float("inf")
+        self._answers: TTLCache[tuple[str, bytes], StoredAnswer] = TTLCache(
+            maxsize=max_bytes, ttl=ttl_s, getsizeof=lambda answer: max(_bytes_of(answer), least)
+        )
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes in use, by estimate."""
+        return self._answers.currsize
+
+    def get(self, namespace: str, fingerprint: bytes) -> StoredAnswer | None:
+        """Return a live answer, or None.
+
+        Args:
+            namespace: Tenant.
+            fingerprint: 32 bytes.
+        """
+        answer = self._answers.get((namespace, fingerprint))
+        if answer is None or (answer.expires_at is not None and answer.expires_at <= time.time()):
+            return None
+        return answer
+
+    def put(self, answer: StoredAnswer) -> None:
+        """Keep an answer; one too large for the whole tier is not kept.
+
+        Args:
+            answer: Whole.
+        """
+        key = (answer.namespace, answer.fingerprint)
+        try:
+            self._answers[key] = answer
+        except ValueError:  # larger than the cache
+            self._answers.pop(key, None)
+
+    def forget(
+        self,
+        *,
+        namespace: str | None = None,
+        answer_ids: frozenset[UUID] = frozenset(),
+        tag: str | None = None,
+        model: str | None = None,
+    ) -> int:
+        """Drop the answers that meet every condition given.
+
+        Args:
+            namespace: Of this tenant only; None is any.
+            answer_ids: These only; empty is any.
+            tag: With this tag only.
+            model: Of this served model only.
+
+        Returns:
+            How many were dropped.
+        """
+
+        def meets(answer: StoredAnswer) -> bool:
+            conditions: list[Callable[[], bool]] = [
+                lambda: namespace is None or answer.namespace == namespace,
+                lambda: not answer_ids or answer.id in answer_ids,
+                lambda: tag is None or tag in answer.tags,
+                lambda: model is None or answer.model == model,
+            ]
+            return all(condition() for condition in conditions)
+
+        doomed = [key for key, answer in list(self._answers.items()) if meets(answer)]
+        for key in doomed:
+            self._answers.pop(key, None)
+        return len(doomed)

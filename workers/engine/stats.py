@@ -1,0 +1,54 @@
+"""Counters of one engine, as one snapshot that metrics and commands read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from schema.jobs import Provenance
+from workers.cache.memory import MemoryCache
+from workers.engine.breaker import Breaker
+
+
+@dataclass
+class EngineStats:
+    """What happened since the engine started."""
+
+    requests: int = 0
+    generated: int = 0
+    coalesced: int = 0
+    hits: Counter[tuple[str, Provenance]] = field(default_factory=Counter)
+
+    def hit(self, tier: str, kind: Provenance) -> None:
+        """Count a stored answer that was served.
+
+        Args:
+            tier: ``memory`` or ``store``.
+            kind: ``exact`` or ``semantic``.
+        """
+        self.hits[tier, kind] += 1
+
+    def snapshot(
+        self, *, memory: MemoryCache, flights: int, breakers: Sequence[Breaker]
+    ) -> dict[str, Any]:
+        """Return everything as JSON types.
+
+        Args:
+            memory: The memory tier.
+            flights: Generations under way that others can join.
+            breakers: Of the parts.
+        """
+        served = self.hits.total() + self.coalesced
+        return {
+            "requests": self.requests,
+            "generated": self.generated,
+            "coalesced": self.coalesced,
+            "hits": {f"{kind}/{tier}": count for (tier, kind), count in self.hits.items()},
+            "hit_rate": served / self.requests if self.requests else 0.0,
+            "flights": flights,
+            "memory": {"entries": len(memory), "bytes": int(memory.bytes)},
+            "failures": {breaker.name: breaker.failed for breaker in breakers},
+            "left_alone": {breaker.name: breaker.skipped for breaker in breakers},
+        }
