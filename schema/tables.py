@@ -27,6 +27,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     func,
+    literal_column,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -160,8 +161,9 @@ class EmbeddingRow(Base):
     __table_args__ = (
         Index(
             "ix_embeddings_minilm_hnsw",
-            text(f"(vector::halfvec({EMBEDDING_DIMENSIONS})) halfvec_cosine_ops"),
+            literal_column(f"(vector::halfvec({EMBEDDING_DIMENSIONS}))").label("halves"),
             postgresql_using="hnsw",
+            postgresql_ops={"halves": "halfvec_cosine_ops"},
             postgresql_where=text(f"embedder = '{EMBEDDER}'"),
         ),
         Index(None, "namespace", "scope"),

@@ -346,8 +346,9 @@ def upgrade() -> None:
     op.create_index(
         "ix_embeddings_minilm_hnsw",
         "embeddings",
-        [sa.text("(vector::halfvec(384)) halfvec_cosine_ops")],
+        [sa.literal_column("(vector::halfvec(384))").label("halves")],
         postgresql_using="hnsw",
+        postgresql_ops={"halves": "halfvec_cosine_ops"},
         postgresql_where=sa.text("embedder = 'all-MiniLM-L6-v2'"),
     )
     op.create_index(op.f("ix_embeddings_namespace_scope"), "embeddings", ["namespace", "scope"])

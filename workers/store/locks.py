@@ -1,0 +1,46 @@
+"""Locks in Postgres that let one process at a time do a thing."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from workers.store.database import Database
+
+#: Key of the lock that a pass of `Recovery` holds.
+RECOVERY = 0x70726F6D70746D02
+
+_TRY = text("SELECT pg_try_advisory_lock(CAST(:key AS bigint))")
+_UNLOCK = text("SELECT pg_advisory_unlock(CAST(:key AS bigint))")
+
+
+@asynccontextmanager
+async def only_one(database: Database, key: int) -> AsyncIterator[bool]:
+    """Hold a lock while the body runs, if nobody else does. It goes with the connection.
+
+    Args:
+        database: Where the lock lives; one connection of it is in use meanwhile.
+        key: The lock, a number of 63 bits.
+
+    Yields:
+        Whether the lock was free and is held now.
+
+    Raises:
+        DatabaseUnavailableError: Postgres cannot be used now.
+    """
+    async with database.connection() as connection:
+        mine = bool(await connection.scalar(_TRY, {"key": key}))
+        try:
+            yield mine
+            if mine:
+                await connection.scalar(_UNLOCK, {"key": key})
+        except BaseException:
+            # Cut short, perhaps by the connection itself: closing it sets the lock free.
+            if mine:
+                await connection.invalidate()
+            raise
