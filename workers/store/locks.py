@@ -10,6 +10,8 @@ from sqlalchemy import text
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
     from workers.store.database import Database
 
 #: Key of the lock that a pass of `Recovery` holds.
@@ -37,10 +39,15 @@ async def only_one(database: Database, key: int) -> AsyncIterator[bool]:
         mine = bool(await connection.scalar(_TRY, {"key": key}))
         try:
             yield mine
+        finally:
             if mine:
-                await connection.scalar(_UNLOCK, {"key": key})
-        except BaseException:
-            # Cut short, perhaps by the connection itself: closing it sets the lock free.
-            if mine:
-                await connection.invalidate()
-            raise
+                await _set_free(connection, key)
+
+
+async def _set_free(connection: AsyncConnection, key: int) -> None:
+    try:
+        await connection.scalar(_UNLOCK, {"key": key})
+    except BaseException:
+        # Cut short, or the connection is gone: without it the lock is free.
+        await connection.invalidate()
+        raise
