@@ -1,0 +1,121 @@
+"""The Celery application, and one worker of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery
+from kombu import Exchange, Queue
+
+from schema import names
+from workers import tasks
+from workers.pool import lifespan
+from workers.transport import broker_settings
+
+if TYPE_CHECKING:
+    from workers.endpoints import Endpoints
+    from workers.pipeline import Pipeline
+    from workers.pool import TaskPool
+    from workers.serving import ServedModel
+    from workers.settings import Settings
+
+#: Recovery does not need redelivery; this only clears what dead workers left in Redis.
+_VISIBILITY_TIMEOUT_S = 6 * 3600
+
+
+def make_app(settings: Settings, redis_url: str, model: str) -> Celery:
+    """Return a Celery application whose workers run the jobs of one model.
+
+    Args:
+        settings: Read from the environment.
+        redis_url: Address of the broker.
+        model: Served name; names the queue.
+    """
+    app = Celery("promptmill", set_as_current=False)
+    queue = names.queue(model)
+    broker = broker_settings(redis_url, task_names={names.RUN_JOBS_TASK})
+    broker["broker_transport_options"] |= {
+        "priority_steps": list(names.PRIORITIES),
+        "queue_order_strategy": "round_robin",
+        "visibility_timeout": _VISIBILITY_TIMEOUT_S,
+        "sep": "\x06\x16",
+    }
+    app.conf.update(
+        **broker,
+        worker_pool="workers.pool:TaskPool",
+        # Messages in flight; each carries one job or many, and the slots bound the jobs.
+        worker_concurrency=settings.max_running,
+        worker_disable_prefetch=True,
+        worker_prefetch_multiplier=1,
+        worker_pool_drain_timeout_s=settings.drain_s,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        task_acks_late=True,
+        task_ignore_result=True,
+        task_default_queue=queue,
+        task_queues=[Queue(queue, Exchange(""), routing_key=queue)],
+        task_serializer="json",
+        accept_content=["json"],
+        result_backend=None,
+    )
+    return app
+
+
+def run_worker(
+    settings: Settings,
+    *,
+    endpoints: Endpoints,
+    model: ServedModel,
+    on_ready: Callable[[], None] | None = None,
+) -> int:
+    """Run one worker in this process until it is told to stop.
+
+    Args:
+        settings: Read from the environment and the command line.
+        endpoints: Addresses of the servers.
+        model: What to serve.
+        on_ready: Called once jobs are taken.
+
+    Returns:
+        The process' exit code.
+    """
+    from workers.runtime import worker_runtime
+
+    app = make_app(settings, endpoints.redis_url, model.name)
+    current: list[Pipeline] = []
+    tasks.register(app, current)
+
+    @lifespan(app)
+    @asynccontextmanager
+    async def serve(_pool: TaskPool) -> AsyncIterator[Any]:
+        async with worker_runtime(settings, endpoints, model) as pipeline:
+            current.append(pipeline)
+            try:
+                yield pipeline
+            finally:
+                current.clear()
+
+    if on_ready is not None:
+        from celery.signals import worker_ready
+
+        worker_ready.connect(lambda **_: on_ready(), weak=False)
+    logging.basicConfig(level=settings.log_level, stream=sys.stderr)
+    words = ["worker", "--without-gossip", "--without-mingle", "--quiet"]
+    words += ["--loglevel", settings.log_level, "--hostname", _hostname(model.name)]
+    try:
+        app.worker_main(words)
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else 1
+    return 0
+
+
+def _hostname(model: str) -> str:
+    return f"{model.replace('/', '.')}-{os.getpid()}@%h"

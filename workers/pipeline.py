@@ -1,0 +1,385 @@
+"""The way of a job through a worker, from the message to the acknowledgement.
+
+Read it from top to bottom:
+
+1. `run_message` takes a queue message. Jobs that came in full are written to Postgres first.
+2. As engine slots free, jobs are claimed: a lease, and a fencing token that only grows.
+3. `_run` answers one job, while the lease keeper renews its lease.
+4. `_commit`: one transaction for answer, embedding, NLP result and outcome.
+5. `_publish`: the outcome goes on its result channel, and is marked as published.
+6. `run_message` returns when all its jobs have ended, and Celery acknowledges the message.
+
+Commit before publish, publish before acknowledge: a worker that dies between two steps leaves
+something that another can go on with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypeVar
+from uuid import UUID, uuid4
+
+import structlog
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from schema.errors import (
+    BrokerUnavailableError,
+    CallerError,
+    DatabaseUnavailableError,
+    IdempotencyConflictError,
+    InvalidRequestError,
+)
+from schema.jobs import JobError, JobResult, JobState
+from workers.answering import Answerer, TryAgainError, failed
+from workers.leases import Holding, LeaseKeeper, Stopped
+from workers.publishing import Publisher
+from workers.slots import Slots
+from workers.store.records import ClaimedJob, Delivery, Outcome
+
+if TYPE_CHECKING:
+    from schema.jobs import JobSpec
+    from schema.wire import JobMessage, RefusedJob
+    from workers.channel import ResultChannel
+    from workers.store.commit import GroupCommit
+    from workers.store.jobs import JobStore
+
+_T = TypeVar("_T")
+_log = structlog.get_logger(__name__)
+
+_IDLE_LOOK_S = 0.02
+_STOPPED = {
+    Stopped.CANCELLED: (JobState.CANCELLED, "JobCancelled", "cancelled while it ran"),
+    Stopped.EXPIRED: (JobState.EXPIRED, "DeadlinePassed", "its deadline passed while it ran"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Limits of the pipeline."""
+
+    model: str  # name the worker's model is served under
+    owner: str  # name of the worker, for people
+    lease_s: float
+    max_attempts: int  # of jobs that state none
+    backoff_s: float = 1.0  # before the second attempt; doubles after
+    backoff_most_s: float = 60.0
+    waiting_s: float = 0.2  # between two tries of a server that is away; doubles after
+    waiting_most_s: float = 5.0
+
+
+class Pipeline:
+    """Runs jobs.
+
+    Args:
+        rules: Limits.
+        answerer: Answers a claimed job.
+        jobs: The job store.
+        commit: Commits outcomes in groups.
+        publisher: Publishes them in groups.
+        channel: Takes the text of growing answers.
+        leases: Keeps what is in flight.
+        slots: Places in the engine.
+    """
+
+    def __init__(
+        self,
+        *,
+        rules: Rules,
+        answerer: Answerer,
+        jobs: JobStore,
+        commit: GroupCommit,
+        publisher: Publisher,
+        channel: ResultChannel,
+        leases: LeaseKeeper,
+        slots: Slots,
+    ) -> None:
+        self._rules = rules
+        self._answerer = answerer
+        self._jobs = jobs
+        self._commit_group = commit
+        self._publisher = publisher
+        self._channel = channel
+        self._leases = leases
+        self._slots = slots
+        self._one_suspect = asyncio.Lock()
+        self._in_hand: dict[object, float] = {}  # messages, and when each was written
+        #: Set when vLLM's engine has died: the process is to be replaced.
+        self.engine_died = asyncio.Event()
+
+    async def run_message(self, message: JobMessage) -> None:
+        """Run the jobs of a message; return when the message may be acknowledged.
+
+        Jobs that others hold, that are over or that are not due yet are passed over: they have a
+        row, and recovery sends them again when that is needed.
+
+        Args:
+            message: Decoded.
+
+        Raises:
+            asyncio.CancelledError: The worker stops; jobs in flight were given back.
+        """
+        in_hand = object()
+        self._in_hand[in_hand] = message.sent_at
+        try:
+            await self._run_all([*message.ids, *await self._admit(message)])
+        finally:
+            del self._in_hand[in_hand]
+
+    @property
+    def oldest_sent_at(self) -> float | None:
+        """When the oldest message in this worker's hands was written; Unix time."""
+        return min(self._in_hand.values(), default=None)
+
+    @property
+    def running(self) -> int:
+        """Jobs in flight."""
+        return len(self._leases)
+
+    @property
+    def total_slots(self) -> int:
+        """Jobs that may be in flight."""
+        return self._slots.total
+
+    async def idle(self, *, timeout_s: float) -> None:
+        """Return when no job is in flight, or the time is over.
+
+        Args:
+            timeout_s: Seconds.
+        """
+        end = asyncio.get_running_loop().time() + timeout_s
+        while self.running and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(_IDLE_LOOK_S)
+
+    async def _run_all(self, ids: list[UUID]) -> None:
+        running: set[asyncio.Task[None]] = set()
+        try:
+            while ids:
+                taken = await self._slots.take(len(ids))
+                group, ids = ids[:taken], ids[taken:]
+                for job in await self._claim(group, taken):
+                    task = asyncio.create_task(self._run(job), name=f"promptmill-job-{job.id}")
+                    running.add(task)
+                    task.add_done_callback(running.discard)
+            while running:
+                await asyncio.wait(running)
+        except asyncio.CancelledError:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            raise
+
+    async def _admit(self, message: JobMessage) -> list[UUID]:
+        """Write rows for jobs that came in full, so that they are treated like all others."""
+        for refusal in message.refused:
+            await self._refuse(refusal, message.namespace)
+        if not message.jobs:
+            return []
+        return await self._patiently("write jobs", lambda: self._admit_specs(message.jobs))
+
+    async def _admit_specs(self, specs: Sequence[JobSpec]) -> list[UUID]:
+        try:
+            admission = await self._jobs.admit(
+                specs,
+                default_model=self._rules.model,
+                sent=True,
+                max_attempts=self._rules.max_attempts,
+            )
+        except CallerError as exc:
+            if len(specs) == 1:
+                return await self._refuse_spec(specs[0], exc)
+            # One of them cannot be written: find it, and let the others in.
+            admitted = []
+            for spec in specs:
+                admitted += await self._admit_specs([spec])
+            return admitted
+        return sorted({*admission.inserted, *admission.known})
+
+    async def _refuse_spec(self, spec: JobSpec, error: CallerError) -> list[UUID]:
+        if isinstance(error, IdempotencyConflictError):
+            # The first job under the key goes on; this one must not speak in its name.
+            _log.warning("job refused", job_id=str(spec.id), reason=str(error))
+            return []
+        refusal_of = error if isinstance(error, InvalidRequestError) else None
+        await self._publish_unwritten(spec.id, spec.namespace, spec.channel, str(error), refusal_of)
+        return []
+
+    async def _refuse(self, refusal: RefusedJob, namespace: str) -> None:
+        await self._publish_unwritten(
+            refusal.id or uuid4(), namespace, refusal.channel, str(refusal.error), refusal.error
+        )
+
+    async def _publish_unwritten(
+        self,
+        job_id: UUID,
+        namespace: str,
+        channel: str,
+        message: str,
+        error: InvalidRequestError | None,
+    ) -> None:
+        """Tell the sender of a job that could not be written; it has no row, so only once."""
+        result = JobResult(
+            job_id=job_id,
+            namespace=namespace,
+            status=JobState.FAILED,
+            token=0,
+            error=JobError(
+                type="InvalidRequestError",
+                message=message,
+                field=error.field if error else None,
+                value=error.value if error else None,
+                status_code=400,
+            ),
+            finished_at=datetime.now(UTC),
+        )
+        await self._publish([Delivery(channel=channel, result=result)])
+
+    async def _claim(self, ids: list[UUID], taken: int) -> Sequence[ClaimedJob]:
+        """Claim what can be claimed; slots that are not needed are given back."""
+        try:
+            claim = await self._patiently(
+                "claim jobs",
+                lambda: self._jobs.claim(ids, owner=self._rules.owner, lease_s=self._rules.lease_s),
+            )
+        except BaseException:
+            self._slots.give(taken)
+            raise
+        self._slots.give(taken - len(claim.jobs))
+        await self._publish(claim.ended)
+        return claim.jobs
+
+    async def _run(self, job: ClaimedJob) -> None:
+        """Run one claimed job to its outcome; its slot is given back whatever happens."""
+        with self._leases.hold(job) as holding:
+            if job.crashes:
+                outcome = await self._alone(job, holding)
+            else:
+                try:
+                    outcome = await self._outcome(job, holding)
+                finally:
+                    self._slots.give()
+            if outcome is not None and await self._commit(outcome):
+                asks_for_deltas = bool(job.options.get("stream"))
+                await self._publish(
+                    [Delivery(channel=job.channel, result=outcome.result, stream=asks_for_deltas)]
+                )
+
+    async def _alone(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
+        """Run a job that was in flight when an engine died, with nothing beside it.
+
+        So the guilty one is found: only what dies with the engine again and again is set aside.
+        """
+        self._slots.give()
+        try:
+            async with self._one_suspect:
+                await self._slots.take_all()
+                try:
+                    return await self._outcome(job, holding)
+                finally:
+                    self._slots.give(self._slots.total)
+        except asyncio.CancelledError:
+            # Cancelled while it waited for its turn.
+            return await self._stopped(job, holding)
+
+    async def _outcome(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
+        """Return what is to be committed, or None when the job was given back or is lost."""
+        try:
+            return await self._answerer.answer(job, on_text=self._on_text(job))
+        except asyncio.CancelledError:
+            return await self._stopped(job, holding)
+        except EngineDeadError:
+            # Which of the jobs in flight killed it cannot be told: all of them are suspects.
+            self.engine_died.set()
+            await self._patiently("give jobs back", lambda: self._jobs.suspect({job.id: job.token}))
+            return None
+        except TryAgainError as exc:
+            return await self._try_again(job, exc.error)
+        except Exception as exc:  # noqa: BLE001  whatever it was, the job must not be lost
+            _log.exception("job failed in a way nobody foresaw", job_id=str(job.id))
+            error = JobError(type=type(exc).__name__, message=str(exc), retryable=True)
+            return await self._try_again(job, error)
+
+    async def _stopped(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
+        """Say what becomes of a job whose run was cancelled."""
+        if holding.stopped is None:
+            # The worker stops: whoever comes next runs it, and it loses no attempt.
+            await asyncio.shield(self._release(job))
+            raise asyncio.CancelledError
+        # The cancellation was meant for the run, not for the commit that follows.
+        holding.task.uncancel()
+        if holding.stopped is Stopped.LOST:
+            return None
+        status, kind, message = _STOPPED[holding.stopped]
+        return failed(job, JobError(type=kind, message=message), status=status)
+
+    async def _try_again(self, job: ClaimedJob, error: JobError) -> Outcome | None:
+        """Put the job back with a due time, or end it when its attempts are used up."""
+        if job.attempts >= job.max_attempts:
+            return failed(job, error)
+        # Exponential back-off with full jitter (M. Brooker, AWS Architecture Blog, 2015).
+        most = min(self._rules.backoff_s * 2 ** (job.attempts - 1), self._rules.backoff_most_s)
+        delay_s = random.uniform(most / 2, most)  # noqa: S311  no secret
+        await self._patiently(
+            "give a job back",
+            lambda: self._jobs.retry_later(job.id, job.token, delay_s=delay_s, error=error),
+        )
+        return None
+
+    async def _release(self, job: ClaimedJob) -> None:
+        try:
+            await self._jobs.release({job.id: job.token})
+        except DatabaseUnavailableError as exc:
+            # Its lease ends by itself.
+            _log.warning("job not given back", job_id=str(job.id), reason=str(exc))
+
+    async def _commit(self, outcome: Outcome) -> bool:
+        """Commit, however long Postgres is away; False when another worker holds the job now."""
+        return await self._patiently(
+            "commit an outcome", lambda: self._commit_group.finish(outcome)
+        )
+
+    async def _publish(self, deliveries: Sequence[Delivery]) -> None:
+        try:
+            await self._publisher.publish(deliveries)
+        except BrokerUnavailableError:
+            return  # committed and unpublished: recovery publishes it
+
+    def _on_text(self, job: ClaimedJob) -> _TokenStream | None:
+        return _TokenStream(self._channel, job) if job.options.get("stream") else None
+
+    async def _patiently(self, what: str, action: Callable[[], Awaitable[_T]]) -> _T:
+        """Repeat an action of Postgres' until it works, saying once what is waited for."""
+        wait_s, said = self._rules.waiting_s, False
+        while True:
+            try:
+                return await action()
+            except DatabaseUnavailableError as exc:
+                if not said:
+                    _log.warning("waiting for Postgres", to=what, reason=str(exc))
+                    said = True
+                await asyncio.sleep(wait_s * random.uniform(0.5, 1))  # noqa: S311  no secret
+                wait_s = min(wait_s * 2, self._rules.waiting_most_s)
+
+
+class _TokenStream:
+    """Puts the text of one growing answer on its token stream; Redis away costs only deltas."""
+
+    def __init__(self, channel: ResultChannel, job: ClaimedJob) -> None:
+        self._channel = channel
+        self._job = job
+        self._begun = False
+
+    async def __call__(self, index: int, offset: int, text: str) -> None:
+        try:
+            if not self._begun:
+                # A run before this one may have left a part of its own answer.
+                self._begun = True
+                await self._channel.drop_tokens(self._job.namespace, self._job.id)
+            await self._channel.append_tokens(
+                self._job.namespace, self._job.id, [(index, offset, text)]
+            )
+        except BrokerUnavailableError:
+            return  # the answer itself comes from Postgres

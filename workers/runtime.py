@@ -1,0 +1,228 @@
+"""Everything one worker process holds, made in order and taken down in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import structlog
+
+from schema import names
+from schema.errors import BrokerUnavailableError
+from workers import registry
+from workers.channel import ResultChannel
+from workers.connection import open_redis
+from workers.queue_marks import oldest_live_message_at, shine
+from workers.sending import Sender
+from workers.serving import ServedModel, vllm_arguments
+from workers.store.answers import PostgresAnswers
+from workers.store.commit import GroupCommit
+from workers.store.database import Database
+from workers.store.jobs import JobStore
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from workers.endpoints import Endpoints
+    from workers.engine.llm import EnhancedAsyncLLM
+    from workers.pipeline import Pipeline
+    from workers.settings import Settings
+
+_log = structlog.get_logger(__name__)
+_WATCH_S = 0.5
+_ANNOUNCE_S = 2.0
+
+
+@asynccontextmanager
+async def worker_runtime(
+    settings: Settings, endpoints: Endpoints, model: ServedModel
+) -> AsyncIterator[Pipeline]:
+    """Start everything a worker needs; yield the pipeline; take everything down again.
+
+    Args:
+        settings: Read from the environment and the command line.
+        endpoints: Addresses of the servers.
+        model: What this worker serves.
+
+    Yields:
+        A pipeline that takes messages.
+    """
+    # vLLM takes seconds to import; only a worker pays for it.
+    from workers.answering import Answerer
+    from workers.leases import LeaseKeeper
+    from workers.pipeline import Pipeline, Rules
+    from workers.publishing import Publisher
+    from workers.slots import Slots
+
+    name = f"{model.name}@{socket.gethostname()}:{os.getpid()}"
+    async with AsyncExitStack() as stack:
+        database = Database(endpoints.database_url or "", pool_size=8)
+        stack.push_async_callback(database.aclose)
+        redis = open_redis(endpoints.redis_url)
+        stack.push_async_callback(redis.aclose)
+        jobs, channel = JobStore(database), ResultChannel(redis)
+        answers = PostgresAnswers(database)
+        llm, handlers = await _engine(settings, model, answers, stack)
+        publisher = Publisher(channel, jobs, ttl_s=settings.result_ttl_s)
+        stack.push_async_callback(publisher.aclose)
+        commit = await stack.enter_async_context(GroupCommit(jobs))
+        leases = LeaseKeeper(jobs, lease_s=settings.lease_s, heartbeat_s=settings.heartbeat_s)
+        leases.start()
+        stack.push_async_callback(leases.aclose)
+        pipeline = Pipeline(
+            rules=Rules(
+                model=model.name,
+                owner=name,
+                lease_s=settings.lease_s,
+                max_attempts=settings.max_attempts,
+            ),
+            answerer=Answerer(llm, handlers, model=model.name),
+            jobs=jobs,
+            commit=commit,
+            publisher=publisher,
+            channel=channel,
+            leases=leases,
+            slots=Slots(settings.max_running),
+        )
+        await _helpers(stack, settings, database, jobs, redis, endpoints, channel, publisher)
+        _listen(stack, redis, llm, leases)
+        for work, label in (
+            (_announce(redis, name, model.name, pipeline, llm), "announce"),
+            (_watch(llm, pipeline), "watch"),
+        ):
+            task = asyncio.create_task(work, name=f"promptmill-{label}")
+            stack.push_async_callback(_end, task)
+        yield pipeline
+
+
+async def _engine(
+    settings: Settings, model: ServedModel, answers: PostgresAnswers, stack: AsyncExitStack
+) -> tuple[EnhancedAsyncLLM, Any]:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from workers.engine import EnhancedAsyncLLM, HandlerConfig, Parts
+    from workers.enrich.embedder import MiniLmEmbedder
+    from workers.enrich.nlp import SpacyAnalyser
+    from workers.handlers import OpenAIHandlers
+
+    args = vllm_arguments(model)
+    config = HandlerConfig(namespace=settings.namespace, require_scope=True)
+    parts = Parts(
+        analyser=SpacyAnalyser(config.nlp),
+        embedder=MiniLmEmbedder(config.similarity),
+        store=answers,
+    )
+    llm = EnhancedAsyncLLM.from_engine_args(
+        AsyncEngineArgs.from_cli_args(args), handler_config=config, parts=parts
+    )
+    stack.push_async_callback(llm.aclose)
+    return llm, await OpenAIHandlers.over(llm, args)
+
+
+async def _helpers(
+    stack: AsyncExitStack,
+    settings: Settings,
+    database: Database,
+    jobs: JobStore,
+    redis: Redis,
+    endpoints: Endpoints,
+    channel: ResultChannel,
+    publisher: Any,
+) -> None:
+    """Start recovery, which every worker runs and one at a time does."""
+    from workers.connection import Connection
+    from workers.recovery import Recovery
+    from workers.signals import DoneSignals
+
+    connection = Connection(
+        endpoints=endpoints,
+        redis=redis,
+        channel=channel,
+        signals=DoneSignals(redis),
+        database=database,
+        ledger=jobs,
+    )
+    sender = Sender(connection, settings)
+    recovery = Recovery(
+        database=database,
+        jobs=jobs,
+        send=sender.send_again,
+        publish=publisher.publish,
+        oldest_live_message_at=lambda: oldest_live_message_at(redis),
+    )
+    recovery.start()
+    stack.push_async_callback(recovery.aclose)
+
+
+def _listen(stack: AsyncExitStack, redis: Redis, llm: EnhancedAsyncLLM, leases: Any) -> None:
+    """Hear of cancelled jobs and of answers to be forgotten."""
+    from workers.announcements import Announcements
+
+    def cancel(said: dict[str, Any]) -> None:
+        leases.cancel([UUID(job_id) for job_id in said["ids"]], namespace=said["namespace"])
+
+    def forget(said: dict[str, Any]) -> None:
+        llm.forget(
+            namespace=said["namespace"],
+            answer_ids=frozenset(UUID(answer_id) for answer_id in said.get("ids") or ()),
+            tag=said.get("tag"),
+            model=said.get("model"),
+        )
+
+    announcements = Announcements(
+        redis,
+        {names.CANCELLATIONS: cancel, names.INVALIDATIONS: forget},
+        # What was invalidated while nobody listened must not be served from memory.
+        missed=llm.forget,
+    )
+    announcements.start()
+    stack.push_async_callback(announcements.aclose)
+
+
+async def _announce(redis: Redis, name: str, model: str, pipeline: Pipeline, llm: Any) -> None:
+    """Say every few seconds that this worker lives, what it serves and what it holds."""
+    started = datetime.now(UTC).isoformat()
+    while True:
+        state = {
+            "v": names.WIRE_VERSION,
+            "models": [model],
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "device": os.environ.get("CUDA_VISIBLE_DEVICES", "cpu"),
+            "started_at": started,
+            "oldest_sent_at": pipeline.oldest_sent_at,
+            "running": pipeline.running,
+            "slots": pipeline.total_slots,
+            "engine": llm.stats(),
+        }
+        try:
+            await registry.announce(redis, [model])
+            await shine(redis, name, state)
+        except BrokerUnavailableError as exc:
+            _log.warning("waiting for Redis", reason=str(exc))
+        await asyncio.sleep(_ANNOUNCE_S)
+
+
+async def _watch(llm: EnhancedAsyncLLM, pipeline: Pipeline) -> None:
+    """End the process when vLLM's engine has died: only a new process gets a new engine."""
+    while not (llm.errored or pipeline.engine_died.is_set()):
+        await asyncio.sleep(_WATCH_S)
+    _log.error("vLLM's engine is dead; this worker ends and is to be started anew")
+    pipeline.engine_died.set()
+    # Jobs in flight give themselves back as suspects first.
+    await pipeline.idle(timeout_s=5.0)
+    os.kill(os.getpid(), signal.SIGQUIT)  # Celery's cold shutdown: messages go back to the queue
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,83 @@
+"""Which model a worker serves, and with which of vLLM's arguments."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from schema.errors import ConfigurationError
+from workers.endpoints import BUNDLED, served_name
+
+if TYPE_CHECKING:
+    from workers.settings import Settings
+
+#: What the bundled model can use; more would cost memory for nothing.
+_BUNDLED_ARGUMENTS = ("--max-model-len", "4096")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model as one worker serves it."""
+
+    name: str  # jobs ask for it by this name; names the queue
+    path: str  # folder or name on the model hub
+    engine_args: tuple[str, ...] = ()  # of vLLM's command line, without the two above
+
+
+def served_model(settings: Settings, *, engine_args: Sequence[str] = ()) -> ServedModel:
+    """Return the model that the settings name, or the bundled one.
+
+    Args:
+        settings: Read from the environment and the command line.
+        engine_args: Further arguments of vLLM's command line.
+
+    Raises:
+        ConfigurationError: The name cannot be used, or the bundled model is not installed.
+    """
+    name = served_name(settings)
+    if settings.model is not None and name is not None:
+        return ServedModel(name=name, path=settings.model, engine_args=tuple(engine_args))
+    from workers.bundled import bundled_model
+
+    return ServedModel(
+        name=name or BUNDLED,
+        path=str(bundled_model(settings.cache_dir)),
+        engine_args=(*_BUNDLED_ARGUMENTS, *engine_args),
+    )
+
+
+def vllm_arguments(model: ServedModel) -> Namespace:
+    """Parse the arguments with vLLM's own parser, as its API server does.
+
+    Args:
+        model: What is served.
+
+    Raises:
+        ConfigurationError: vLLM does not know an argument or its value.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
+    words = ["--model", model.path, "--served-model-name", model.name, *model.engine_args]
+    try:
+        args: Namespace = parser.parse_args(words)
+    except SystemExit as exc:
+        msg = f"vLLM does not take these engine arguments: {' '.join(model.engine_args)}"
+        raise ConfigurationError(msg) from exc
+    return args
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment, unless the user has set it.
+
+    To be called before vLLM is imported.
+    """
+    # No reports to others, and on a CPU a key-value cache that leaves room for everything else.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
