@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
     from uuid import UUID
 
     from workers.engine.config import SimilarityConfig
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
         Verdict,
     )
     from workers.enrich.guard import Guard
+
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 
 #: How much nearer two prompts have to be for each content word that only one of them has.
 NEARER_PER_ADDED_WORD = 0.015
@@ -146,12 +149,12 @@ class Similarity:
         if analyser is None or guard is None:
             return None, []
         least = self._config.threshold if threshold is None else threshold
-        # spaCy and the embedder work in processes of their own, so both at once cost the longer.
-        async with asyncio.TaskGroup() as group:
-            candidates = group.create_task(self._candidates(text, vector, namespace, scope, least))
-            asked = group.create_task(_analysis_of(text, analysis, analyser))
+        candidates, asked = await _both(
+            self._candidates(text, vector, namespace, scope, least),
+            _analysis_of(text, analysis, analyser),
+        )
         considered: list[Considered] = []
-        for neighbour in candidates.result():
+        for neighbour in candidates:
             answer = await self._store.by_id(namespace, neighbour.answer_id)
             refused = Considered(
                 answer_id=neighbour.answer_id,
@@ -163,7 +166,7 @@ class Similarity:
                 considered.append(replace(refused, rule=WITHDRAWN))
                 continue
             stored = await _analysis_of(neighbour.prompt, answer.analysis, analyser)
-            decided = _decide(refused, guard.check(asked.result(), stored), least)
+            decided = _decide(refused, guard.check(asked, stored), least)
             considered.append(decided)
             if decided.served:
                 return answer, considered
@@ -187,6 +190,19 @@ class Similarity:
             limit=limit,
             scope=scope,
         )
+
+
+async def _both(one: Coroutine[Any, Any, _A], other: Coroutine[Any, Any, _B]) -> tuple[_A, _B]:
+    """Wait for two at once: embedder and spaCy have a process each, so it costs the longer.
+
+    When one fails the other is cancelled, and the error comes out as it was raised.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            first, second = group.create_task(one), group.create_task(other)
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return first.result(), second.result()
 
 
 def _decide(refused: Considered, verdict: Verdict, least: float) -> Considered:

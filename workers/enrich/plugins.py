@@ -10,6 +10,7 @@ in its ``pyproject.toml``::
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from workers.engine.protocols import Enricher
@@ -45,10 +46,7 @@ def load_plugins() -> Plugins:
     entries = importlib.metadata.entry_points(group=GROUP)
     for entry in sorted(entries, key=lambda item: (item.name, item.value)):
         try:
-            enricher = _load(entry)
-            if enricher.name in enrichers:
-                msg = f"an enricher named {enricher.name!r} is there already"
-                raise ValueError(msg)
+            enricher = _load(entry, taken=enrichers)
         except Exception as exc:  # noqa: BLE001  of somebody else's package; it is named
             broken.append(
                 BrokenPlugin(
@@ -60,11 +58,14 @@ def load_plugins() -> Plugins:
     return Plugins(enrichers=tuple(enrichers.values()), broken=tuple(broken))
 
 
-def _load(entry: importlib.metadata.EntryPoint) -> Enricher:
+def _load(entry: importlib.metadata.EntryPoint, *, taken: Collection[str]) -> Enricher:
     enricher = entry.load()()
     if not isinstance(enricher, Enricher):
         msg = f"{entry.value} gives a {type(enricher).__name__} without name, enrich and aclose"
         raise TypeError(msg)
+    if enricher.name in taken:
+        msg = f"an enricher named {enricher.name!r} is there already"
+        raise ValueError(msg)
     return enricher
 
 
