@@ -1,0 +1,204 @@
+"""The secrets, roles and users of a deployment, tried on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import psycopg
+import pytest
+from psycopg.errors import InsufficientPrivilege, ReadOnlySqlTransaction
+from pydantic import SecretStr
+from redis import Redis
+from redis.exceptions import NoPermissionError, RedisError
+from sqlalchemy.engine import make_url
+
+from tests.integration.test_client import PlayedWorker
+from workers import AsyncJobClient, Settings
+from workers.connection import open_redis
+from workers.servers import postgres_folder, valkey_binary
+from workers.store.database import Database
+from workers.store.jobs import JobStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+ROLES = ("worker", "producer", "reader")
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that deploy/make-secrets.sh makes."""
+    folder = tmp_path_factory.mktemp("deploy") / "secrets"
+    subprocess.run(["sh", DEPLOY / "make-secrets.sh", folder], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def redis_url(secrets: Path) -> Iterator[Callable[[str], str]]:
+    """Address, for a role, of a Valkey that knows the users of users.acl only."""
+    socket = secrets.parent / "valkey.sock"
+    command = [valkey_binary(), "--port", "0", "--unixsocket", socket, "--save", ""]
+    command += ["--aclfile", secrets / "valkey-users.acl"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    until = time.monotonic() + 30
+    while not answers(socket):
+        assert server.poll() is None, server.stdout and server.stdout.read()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+    def url(role: str) -> str:
+        password = (secrets / f"valkey-{role}-password").read_text()
+        return f"unix://promptmill_{role}:{password}@{quote(str(socket))}"
+
+    yield url
+    server.terminate()
+    server.wait(30)
+
+
+def answers(socket: Path) -> bool:
+    """Ask as the health check does: without a name."""
+    try:
+        return bool(Redis(unix_socket_path=str(socket)).ping())
+    except RedisError:
+        return False
+
+
+@pytest.fixture
+def role_url(database_url: str, secrets: Path) -> Callable[[str], str]:
+    """Address of a migrated database for a role; run twice, for the second must change nothing."""
+    for _ in range(2):
+        command = [str(postgres_folder() / "psql"), "-Xq", "-d", database_url]
+        for role in ROLES:
+            password = (secrets / f"postgres-{role}-password").read_text()
+            command += ["-v", f"{role}={password}"]
+        subprocess.run(
+            [*command, "-f", DEPLOY / "postgres/roles.sql"], check=True, capture_output=True
+        )
+    url = make_url(database_url)
+    return lambda role: url.set(username=f"promptmill_{role}").render_as_string(hide_password=False)
+
+
+def settings_for(role: str, redis_url: Callable[[str], str], role_url: Callable[[str], str]):
+    return Settings(
+        database_url=SecretStr(role_url(role)),
+        redis_url=SecretStr(redis_url(role)),
+        served_model_name="m",
+    )
+
+
+async def test_each_role_can_do_its_work(
+    redis_url: Callable[[str], str], role_url: Callable[[str], str]
+):
+    database = Database(role_url("worker"))
+    redis = open_redis(redis_url("worker"))
+    worker = PlayedWorker(redis, JobStore(database), "m")
+    async with (
+        AsyncJobClient(settings_for("producer", redis_url, role_url)) as producer,
+        AsyncJobClient(settings_for("reader", redis_url, role_url)) as reader,
+    ):
+        job, other = await producer.submit_many(["hello", "never mind"])
+        assert await producer.cancel(other)
+        await worker.run()
+        assert (await producer.result(job, 30)).text == "HELLO"
+        assert (await reader.result(job, 30)).text == "HELLO"
+        seen = set()
+        async for delivery in await reader.results("default", "group", "member"):
+            seen.add(delivery.result.job_id)
+            if seen == {job.id, other.id}:
+                break
+        assert await producer.retry(other) == [other.id]
+        assert len(await reader.jobs()) == 2
+    await redis.aclose()
+    await database.aclose()
+
+
+@pytest.mark.parametrize(
+    ("role", "statement"),
+    [
+        ("worker", "DROP TABLE jobs"),
+        ("worker", "CREATE TABLE t ()"),
+        ("worker", "UPDATE alembic_version SET version_num = ''"),
+        ("producer", "SELECT FROM answers"),
+        ("producer", "SELECT FROM nlp_results"),
+        ("producer", "DELETE FROM jobs"),
+        ("producer", "CREATE TEMP TABLE t ()"),
+        ("reader", "DELETE FROM jobs"),
+        ("reader", "SET default_transaction_read_only = off; UPDATE answers SET hits = 0"),
+    ],
+)
+def test_postgres_refuses(role: str, statement: str, role_url: Callable[[str], str]):
+    with (
+        psycopg.connect(role_url(role), autocommit=True) as connection,
+        pytest.raises((InsufficientPrivilege, ReadOnlySqlTransaction)),
+    ):
+        connection.execute(statement)
+
+
+def test_tables_of_later_revisions_are_covered(database_url: str, role_url: Callable[[str], str]):
+    with psycopg.connect(
+        make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    ) as owner:
+        owner.execute("CREATE TABLE later (n integer)")
+    with psycopg.connect(role_url("worker")) as worker:
+        worker.execute("INSERT INTO later VALUES (1)")
+    with psycopg.connect(role_url("reader")) as reader:
+        assert reader.execute("SELECT n FROM later").fetchall() == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("role", "command"),
+    [
+        ("worker", "FLUSHALL"),
+        ("worker", "CONFIG SET appendonly no"),
+        ("producer", "RPOP promptmill.m"),
+        ("producer", "LRANGE promptmill.m 0 -1"),
+        ("producer", "DEL promptmill.m"),
+        ("producer", "SET promptmill:epoch 1"),
+        ("producer", "XADD tokens:default:1 * t x"),
+        ("producer", "KEYS *"),
+        ("reader", "LPUSH promptmill.m x"),
+        ("reader", "XADD results:default:default * result x"),
+        ("reader", "PUBLISH promptmill:cancel x"),
+        ("default", "GET promptmill:epoch"),
+        ("default", "INFO"),
+    ],
+)
+def test_redis_refuses(role: str, command: str, redis_url: Callable[[str], str], secrets: Path):
+    if role == "default":
+        client = Redis(unix_socket_path=str(secrets.parent / "valkey.sock"))
+    else:
+        client = Redis.from_url(redis_url(role))
+    with client, pytest.raises(NoPermissionError):
+        client.execute_command(*command.split(" "))
+
+
+def test_a_second_call_keeps_the_secrets(secrets: Path):
+    before = {file.name: file.read_bytes() for file in secrets.iterdir()}
+    subprocess.run(["sh", DEPLOY / "make-secrets.sh", secrets], check=True, capture_output=True)
+    assert {file.name: file.read_bytes() for file in secrets.iterdir()} == before
+    assert secrets.stat().st_mode & 0o077 == 0
+    passwords = [content for name, content in before.items() if name.endswith("-password")]
+    assert len(set(passwords)) == len(passwords) == 7
+    assert all(len(password) == 48 for password in passwords)
+
+
+async def test_settings_in_files_reach_the_command(tmp_path: Path):
+    (tmp_path / "PROMPTMILL_REDIS_URL").write_text("redis://user:a b$(c)'\"@host/0\n")
+    (tmp_path / "PROMPTMILL_MODEL").write_text("from-file")
+    (tmp_path / "OTHER").write_text("x")
+    show = 'printf "%s|" "$PROMPTMILL_REDIS_URL" "$PROMPTMILL_MODEL" "${OTHER-unset}" "$1"'
+    process = await asyncio.create_subprocess_exec(
+        "sh", DEPLOY / "with-secrets.sh", "sh", "-c", show, "sh", "an argument",
+        env={"PATH": "/usr/bin:/bin", "PROMPTMILL_SECRETS_DIR": str(tmp_path),
+             "PROMPTMILL_MODEL": "from-environment"},
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    printed, _ = await process.communicate()
+    expected = "redis://user:a b$(c)'\"@host/0|from-environment|unset|an argument|"
+    assert printed.decode() == expected
