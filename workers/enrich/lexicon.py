@@ -110,9 +110,13 @@ class Lexicon:
         They share a sense, are similar adjectives, are derived from each other, or one is the
         narrow kind that the other is one of; or they are one word, misspelt.
         """
+        return self.related(one, other) or self._is_typo(one, other)
+
+    def related(self, one: str, other: str) -> bool:
+        """As `near`, without misspellings: two names may differ by one letter."""
         if other in self._cell(one, _NEAR) or one in self._cell(other, _NEAR):
             return not self.opposite(one, other)
-        return self._is_typo(one, other)
+        return False
 
     def _opposite(self, one: str, other: str) -> bool:
         """Whether two base forms are opposites, directly or by a prefix."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from workers.enrich import closed_class as closed
@@ -75,6 +76,8 @@ class Reading:
     content: tuple[str, ...]  # words that carry content, each once, in order
     light: frozenset[str]  # words that say little in a question
     initials: str  # first letters of its words; a space where a function word stands
+    joined: Mapping[str, tuple[str, str]]  # each two neighbours written as one word
+    passive: bool  # somewhere a passive voice turns subject and object round
     order: tuple[str, ...]  # all words that carry content, as they follow each other
     grammar: Counter[str]  # closed-class words that have an opposite
     roles: tuple[tuple[str, Role], ...]
@@ -125,6 +128,8 @@ def read(analysis: Analysis, lexicon: Lexicon) -> Reading:
         content=tuple(dict.fromkeys(base for base, _ in carrying if base not in skipped)),
         light=light,
         initials=_initials(tokens),
+        joined=_joined(lowers, bases),
+        passive=any(token.dep in {"auxpass", "nsubjpass", "agent"} for token in tokens),
         order=tuple(base for base, _ in carrying),
         grammar=Counter(
             word
@@ -184,6 +189,13 @@ def _initials(tokens: tuple[Token, ...]) -> str:
     return "".join(
         " " if token.pos in closed.FUNCTION_POS else token.text[0].lower() for token in tokens
     )
+
+
+def _joined(lowers: list[str], bases: list[str]) -> dict[str, tuple[str, str]]:
+    """Write neighbours as one word: "data base" as "database", "e-mail" as "email"."""
+    words = [(w, b) for w, b in zip(lowers, bases, strict=True) if _LETTER.search(w)]
+    pairs = pairwise(words)
+    return {one[0] + other[0]: (one[1], other[1]) for one, other in pairs}
 
 
 def _opens_sentence(token: Token, tokens: tuple[Token, ...]) -> bool:

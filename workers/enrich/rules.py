@@ -64,26 +64,26 @@ def negation(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
     return None
 
 
+def comparison(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
+    """Refuse when the two compare in different directions, or only one statement compares."""
+    pair = _opposed_grammar(asked, stored, closed.COMPARATIVE)
+    if pair is not None:
+        return f'"{pair[0]}" against "{pair[1]}"'
+    if asked.compares != stored.compares and not (asked.question and stored.question):
+        return "only one compares"
+    return None
+
+
 def antonyms(asked: Reading, stored: Reading, lexicon: Lexicon) -> str | None:
     """Refuse when each has a word whose opposite the other has."""
-    pair = _opposed_grammar(asked, stored)
-    if pair is not None and not closed.COMPARATIVE.intersection(pair):
+    pair = _opposed_grammar(asked, stored, closed.OPPOSED)
+    if pair is not None:
         return f'"{pair[0]}" against "{pair[1]}"'
     only_asked, only_stored = _only(asked, stored)
     for one in only_asked:
         for other in only_stored:
             if lexicon.opposite(one, other):
                 return f'"{one}" against "{other}"'
-    return None
-
-
-def comparison(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
-    """Refuse when the two compare in different directions, or only one compares."""
-    pair = _opposed_grammar(asked, stored)
-    if pair is not None:
-        return f'"{pair[0]}" against "{pair[1]}"'
-    if asked.compares != stored.compares and not (asked.question and stored.question):
-        return "only one compares"
     return None
 
 
@@ -129,8 +129,8 @@ def roles(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
     pair = _swapped(asked, stored)
     if pair is not None:
         return f'"{pair[0]}" and "{pair[1]}" have changed places'
-    if asked.question and stored.question:
-        return None  # questions turn their words round more freely than statements
+    if (asked.question and stored.question) or asked.passive != stored.passive:
+        return None  # questions, and the passive voice, turn words round and mean the same
     if asked.order != stored.order and Counter(asked.order) == Counter(stored.order):
         return "the same words in another order"
     return None
@@ -142,11 +142,11 @@ RULES: dict[str, Rule] = {
     "language": language,
     "numbers": numbers,
     "negation": negation,
-    "antonyms": antonyms,
     "comparison": comparison,
+    "antonyms": antonyms,
+    "answer_form": answer_form,
     "entities": entities,
     "question": question,
-    "answer_form": answer_form,
     "quantifiers": quantifiers,
     "content": content,
     "roles": roles,
@@ -168,9 +168,18 @@ def unmatched(asked: Reading, stored: Reading, lexicon: Lexicon) -> tuple[list[s
         if partner is not None:
             only_asked.remove(word)
             only_stored.remove(partner)
-    if "".join(only_asked) == "".join(only_stored):
-        return [], []  # "data base" and "database"
+    _drop_joined(only_asked, only_stored, stored)
+    _drop_joined(only_stored, only_asked, asked)
     return only_asked, only_stored
+
+
+def _drop_joined(words: list[str], parts: list[str], other: Reading) -> None:
+    """Take away words that the other prompt writes as two, and those two."""
+    for word in [word for word in words if word in other.joined]:
+        words.remove(word)
+        for part in other.joined[word]:
+            if part in parts:
+                parts.remove(part)
 
 
 def _missing_names(one: Reading, other: Reading, lexicon: Lexicon) -> set[str]:
@@ -178,7 +187,7 @@ def _missing_names(one: Reading, other: Reading, lexicon: Lexicon) -> set[str]:
         name
         for name in one.names - other.words
         if name not in other.initials.split() and name not in one.initials.split()
-        if not any(lexicon.near(name, word) for word in other.words)
+        if not any(lexicon.related(name, word) for word in other.words)
     }
 
 
@@ -191,12 +200,13 @@ def _only(asked: Reading, stored: Reading) -> tuple[list[str], list[str]]:
     return one, other
 
 
-def _opposed_grammar(asked: Reading, stored: Reading) -> tuple[str, str] | None:
+def _opposed_grammar(
+    asked: Reading, stored: Reading, among: frozenset[str]
+) -> tuple[str, str] | None:
     """Return a closed-class word that only one side has, and its opposite on the other."""
-    one, other = asked.grammar - stored.grammar, stored.grammar - asked.grammar
-    for mine in one:
-        for theirs in other:
-            if frozenset((mine, theirs)) in closed.OPPOSITES:
+    for mine in asked.grammar - stored.grammar:
+        for theirs in stored.grammar - asked.grammar:
+            if mine in among and frozenset((mine, theirs)) in closed.OPPOSITES:
                 return mine, theirs
     return None
 
