@@ -152,11 +152,14 @@ class AsyncJobClient:
             jobs += await self.submit_specs(specs[at : at + step])
         return jobs
 
-    async def submit_specs(self, specs: Sequence[JobSpec]) -> list[AsyncJob]:
+    async def submit_specs(
+        self, specs: Sequence[JobSpec], *, wait_s: float | None = None
+    ) -> list[AsyncJob]:
         """Submit one group of jobs that were checked already.
 
         Args:
             specs: Valid jobs; those with a key bear the id that the key decides.
+            wait_s: Seconds to wait for room in a full queue; the client's own unless told.
 
         Returns:
             A handle for each, in order.
@@ -166,12 +169,8 @@ class AsyncJobClient:
         """
         if not specs:
             return []
-        connection = await self.connection()
-        if self._sender is None:
-            from workers.sending import Sender
-
-            self._sender = Sender(connection, self.settings)
-        sent = await self._sender.send(specs, wait_s=self._wait_s)
+        sender = await self._get_sender()
+        sent = await sender.send(specs, wait_s=self._wait_s if wait_s is None else wait_s)
         return [
             AsyncJob(
                 id=spec.id,
@@ -306,11 +305,8 @@ class AsyncJobClient:
             msg = "say which jobs, or which batch, to run once more"
             raise InvalidRequestError(msg, field="jobs")
         refs = [self._ref(job, namespace) for job in jobs]
-        connection = await self.connection()
-        store = connection.store("running jobs once more")
-        from workers.sending import Sender
-
-        sender = self._sender or Sender(connection, self.settings)
+        store = (await self.connection()).store("running jobs once more")
+        sender = await self._get_sender()
         again: list[UUID] = []
         tenants = {ref.namespace for ref in refs} or {namespace or self.settings.namespace}
         for tenant in sorted(tenants):
@@ -396,6 +392,22 @@ class AsyncJobClient:
         connection = await self.connection()
         async for delta in follow(connection, self._ref(job, namespace), cursor):
             yield delta
+
+    async def served_models(self) -> frozenset[str]:
+        """Return the models that living workers serve, as far as is known.
+
+        Returns:
+            Names; empty also when Redis cannot be asked.
+        """
+        return await (await self._get_sender()).served_models()
+
+    async def _get_sender(self) -> Sender:
+        connection = await self.connection()
+        if self._sender is None:
+            from workers.sending import Sender
+
+            self._sender = Sender(connection, self.settings)
+        return self._sender
 
     def _ref(
         self, job: JobName, namespace: str | None, channel: str = names.DEFAULT_CHANNEL

@@ -102,6 +102,19 @@ class ResultChannel:
             )
         return newest[0][0].decode() if newest else START
 
+    async def drop(self, namespace: str, channel: str) -> None:
+        """Drop a channel with all that is in it.
+
+        Args:
+            namespace: Tenant.
+            channel: Name of the channel.
+
+        Raises:
+            BrokerUnavailableError: Redis failed.
+        """
+        with broker_errors("dropping a channel"):
+            await self._redis.delete(names.results_stream(namespace, channel))
+
     async def read(
         self,
         namespace: str,

@@ -84,6 +84,19 @@ class Sender:
                     raise
             await asyncio.sleep(_FULL_RETRY_S)
 
+    async def served_models(self) -> frozenset[str]:
+        """Return the models that living workers serve, as of some seconds ago.
+
+        Returns:
+            Names; empty also when Redis cannot be asked.
+        """
+        if time.monotonic() >= self._served_until:
+            # Advice only: without Redis a row can still be written.
+            with contextlib.suppress(BrokerUnavailableError):
+                self._served = await registry.served_models(self._connection.redis)
+                self._served_until = time.monotonic() + _REGISTRY_FRESH_S
+        return self._served
+
     async def send_again(self, addresses: Iterable[JobAddress]) -> None:
         """Send messages for jobs that have rows and were queued once more.
 
@@ -182,7 +195,7 @@ class Sender:
         named = {job.model for job in jobs} - {None}
         if own is not None and not named:
             return own
-        served = await self._served_now()
+        served = await self.served_models()
         for model in sorted(str(name) for name in named):
             if served and model not in served:
                 msg = f"no worker serves {model!r}; served are {', '.join(sorted(served))}"
@@ -197,11 +210,3 @@ class Sender:
             return BUNDLED
         msg = f"name one of the models that are served: {', '.join(sorted(served))}"
         raise InvalidRequestError(msg, field="model")
-
-    async def _served_now(self) -> frozenset[str]:
-        if time.monotonic() >= self._served_until:
-            # Advice only: without Redis a row can still be written.
-            with contextlib.suppress(BrokerUnavailableError):
-                self._served = await registry.served_models(self._connection.redis)
-                self._served_until = time.monotonic() + _REGISTRY_FRESH_S
-        return self._served

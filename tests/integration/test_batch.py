@@ -1,0 +1,360 @@
+"""Batch runs against real servers; the worker is played by the job store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+from pydantic import SecretStr
+from redis.asyncio import Redis
+
+from schema import names, wire
+from schema.errors import InvalidFileError
+from schema.jobs import JobResult, JobState
+from workers import AsyncJobClient, Settings
+from workers.batch import BatchOptions, BatchProgress, run_batch
+from workers.channel import ResultChannel
+from workers.store.database import Database
+from workers.store.jobs import JobStore
+from workers.store.records import Outcome
+from workers.store.schema_upgrade import upgrade
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from uuid import UUID
+
+    from workers.local import LocalStack
+
+URL = "/v1/chat/completions"
+
+
+def row(name: str, **body: Any) -> dict[str, Any]:
+    """Return one request."""
+    return {"custom_id": name, "method": "POST", "url": URL, "body": {"say": name, **body}}
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    """Write a batch file; text is written as it is."""
+    lines = [item if isinstance(item, str) else json.dumps(item) for item in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def read(path: Path | str) -> dict[str, dict[str, Any]]:
+    """Return the lines of an output by their names."""
+    with Path(path).open("rb") as file:
+        lines = [json.loads(line) for line in file]
+    found = {line["custom_id"]: line for line in lines}
+    assert len(found) == len(lines), "a row was written twice"
+    return found
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+class PlayedWorker:
+    """Answers all that comes for one model with what the body says; may be told to tire."""
+
+    def __init__(self, redis: Redis, store: JobStore, model: str) -> None:
+        self.redis, self.store = redis, store
+        self.queue = names.priority_list(names.queue(model), names.DEFAULT_PRIORITY)
+        self.channel = ResultChannel(redis)
+        self.ran: list[str] = []
+        self.most: int | None = None
+        self.left: list[UUID] = []
+        self.publishes = True
+
+    async def work(self) -> None:
+        """Run until cancelled."""
+        while True:
+            item = await self.redis.rpop(self.queue)
+            if item is None:
+                await asyncio.sleep(0.01)
+                continue
+            message = wire.decode(json.loads(item)["headers"][names.JOBS_HEADER])
+            claim = await self.store.claim(message.ids, owner="played", lease_s=30)
+            for at, job in enumerate(claim.jobs):
+                if self.most is not None and len(self.ran) >= self.most:
+                    rest = {job.id: job.token for job in claim.jobs[at:]}
+                    self.left = [job.id for job in await self.store.release(rest)]
+                    return
+                body = job.request["body"]
+                self.ran.append(body["say"])
+                done = {"choices": [{"finish_reason": body.get("end", "stop")}], **body}
+                result = JobResult(
+                    job_id=job.id,
+                    namespace=job.namespace,
+                    status=JobState.FAILED if body.get("fail") else JobState.DONE,
+                    token=job.token,
+                    custom_id=job.custom_id,
+                    body=done,
+                    metadata={"provenance": "generated"},
+                )
+                await self.store.finish([Outcome(job_id=job.id, token=job.token, result=result)])
+                if self.publishes:
+                    await self.channel.publish([(job.channel, result)])
+
+
+@pytest.fixture
+def settings(stack: LocalStack) -> Settings:
+    """Both servers, a tenant and a model of this test's own."""
+    upgrade(stack.database_url)
+    return Settings(
+        database_url=SecretStr(stack.database_url),
+        redis_url=SecretStr(stack.redis_url),
+        namespace=f"n{uuid4().hex}",
+        served_model_name=f"m{uuid4().hex}",
+        message_jobs=8,
+    )
+
+
+@pytest.fixture
+async def client(settings: Settings) -> AsyncIterator[AsyncJobClient]:
+    """Submits the rows."""
+    async with AsyncJobClient(settings) as client:
+        yield client
+
+
+@pytest.fixture
+async def worker(settings: Settings, stack: LocalStack) -> AsyncIterator[PlayedWorker]:
+    """Somebody who answers."""
+    redis = Redis.from_url(stack.redis_url)
+    database = Database(stack.database_url)
+    assert settings.served_model_name
+    worker = PlayedWorker(redis, JobStore(database), settings.served_model_name)
+    task = asyncio.create_task(worker.work())
+    yield worker
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    await database.aclose()
+    await redis.aclose()
+
+
+async def run(
+    client: AsyncJobClient, source: str, target: Path | str, **options: Any
+) -> BatchProgress:
+    """Run a batch with a limit on its time."""
+    async with asyncio.timeout(60):
+        return await run_batch(client, source, str(target), BatchOptions(**options))
+
+
+async def test_every_row_is_answered(client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path):
+    source = write(tmp_path / "in.jsonl", [row(f"r{n}") for n in range(100)])
+    seen: list[int] = []
+    async with asyncio.timeout(60):
+        summary = await run_batch(
+            client,
+            source,
+            str(tmp_path / "out.jsonl"),
+            on_progress=lambda progress: seen.append(progress.written),
+        )
+    out = read(tmp_path / "out.jsonl")
+    assert out.keys() == {f"r{n}" for n in range(100)}
+    assert all(line["response"]["body"]["say"] == name for name, line in out.items())
+    assert (summary.read, summary.written, summary.failed) == (100, 100, 0)
+    assert summary.provenance == {"generated": 100}
+    assert seen[-1] == 100
+    assert names_in(tmp_path) == ["in.jsonl", "out.jsonl"]
+    store = (await client.connection()).store("the test")
+    batch = await store.batch(client.settings.namespace, summary.batch_id)
+    assert batch is not None
+    assert (batch.status, batch.total) == ("completed", 100)
+
+
+async def test_a_bad_row_stops_nobody(client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path):
+    rows = [
+        row("a"),
+        "nonsense",
+        row("a"),
+        {**row("get"), "method": "GET"},
+        row("nul", text="\x00"),
+        row("streams", stream=True),
+        row("z"),
+    ]
+    summary = await run(client, write(tmp_path / "in", rows), tmp_path / "out", ordered=True)
+    lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [line["custom_id"] for line in lines] == ["a", None, "a", "get", "nul", "streams", "z"]
+    codes = [line["response"]["status_code"] for line in lines]
+    assert codes == [200, 400, 400, 400, 400, 400, 200]
+    assert "line 5: body: text holds a NUL" in lines[4]["error"]["error"]["message"]
+    assert (summary.read, summary.failed) == (7, 5)
+    assert sorted(worker.ran) == ["a", "z"]
+
+
+async def test_order_and_a_small_window(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
+):
+    rows = [row(f"r{n}") for n in range(100)]
+    await run(client, write(tmp_path / "in", rows), tmp_path / "out", ordered=True, window=3)
+    lines = [json.loads(line)["custom_id"] for line in (tmp_path / "out").open()]
+    assert lines == [f"r{n}" for n in range(100)]
+
+
+async def test_an_interrupted_run_goes_on_to_the_row(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
+):
+    source = write(tmp_path / "in", [*(row(f"r{n}") for n in range(60)), "nonsense"])
+    worker.most = 25
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(3):
+            await run_batch(client, source, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with (tmp_path / "out.partial").open("ab") as torn:
+        torn.write(b'{"id": "torn", "custom')
+    worker.most = None
+    route = wire.Route(
+        namespace=client.settings.namespace,
+        model=client.settings.served_model_name or "",
+        priority=names.DEFAULT_PRIORITY,
+    )
+    message = wire.JobMessage(namespace=route.namespace, sent_at=0.0, ids=tuple(worker.left))
+    await worker.redis.lpush(route.key, wire.encode(message, route))
+    task = asyncio.create_task(worker.work())
+    summary = await run(client, source, tmp_path / "out", resume=True)
+    task.cancel()
+    assert read(tmp_path / "out").keys() == {*(f"r{n}" for n in range(60)), None}
+    assert sorted(worker.ran) == sorted(f"r{n}" for n in range(60))
+    assert summary.kept > 0
+    # Nothing is left to do, and nothing is lost by asking.
+    before = (tmp_path / "out").read_text()
+    summary = await run(client, source, tmp_path / "out", resume=True)
+    assert (summary.kept, summary.written) == (60, 1)
+    assert sorted(read(tmp_path / "out"), key=str) == sorted(
+        (json.loads(line)["custom_id"] for line in before.splitlines()), key=str
+    )
+
+
+async def test_results_that_are_never_announced_are_found(
+    client: AsyncJobClient,
+    worker: PlayedWorker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("workers.batch._SILENCE_S", 0.2)
+    worker.publishes = False
+    await run(client, write(tmp_path / "in", [row("a"), row("b")]), tmp_path / "out")
+    assert read(tmp_path / "out").keys() == {"a", "b"}
+
+
+async def test_some_rows_are_answered_anew(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
+):
+    rows = [row("fine"), row("cut", end="length"), row("bad", fail=True)]
+    source = write(tmp_path / "in", rows)
+    await run(client, source, tmp_path / "out")
+    worker.ran.clear()
+    await run(client, source, tmp_path / "out", redo="failed")
+    assert worker.ran == ["bad"]
+    worker.ran.clear()
+    await run(client, source, tmp_path / "out", redo="truncated", max_tokens=99)
+    assert worker.ran == ["cut"]
+    out = read(tmp_path / "out")
+    assert out["cut"]["response"]["body"]["max_tokens"] == 99
+    assert out.keys() == {"fine", "cut", "bad"}
+
+
+async def test_compressed_files(client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path):
+    with gzip.open(tmp_path / "in.gz", "wt") as file:
+        file.write(json.dumps(row("a")))
+    await run(client, str(tmp_path / "in.gz"), tmp_path / "out.gz")
+    with gzip.open(tmp_path / "out.gz", "rt") as out:
+        assert [json.loads(line)["custom_id"] for line in out] == ["a"]
+    await run(client, str(tmp_path / "in.gz"), tmp_path / "out.gz", resume=True)
+    assert worker.ran == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (lambda path: None, "cannot be read: No such file"),
+        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: path.write_text(""), "is empty"),
+        (lambda path: path.write_text("\n  \n\n"), "is empty"),
+        (lambda path: path.write_text("id,prompt\n1,hello\n"), "is not a file of one JSON object"),
+        (lambda path: path.write_text('[{"custom_id": "a"}]'), "is not a file of one JSON object"),
+        (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\x00"), "is not a file of one JSON"),
+    ],
+)
+async def test_a_file_of_another_kind_is_refused(
+    client: AsyncJobClient, tmp_path: Path, prepare: Any, says: str
+):
+    prepare(tmp_path / "in")
+    with pytest.raises(InvalidFileError, match=says):
+        await run(client, str(tmp_path / "in"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert await client.jobs() == []
+
+
+async def test_a_broken_archive_is_said(client: AsyncJobClient, tmp_path: Path):
+    (tmp_path / "in.gz").write_bytes(b"no gzip at all")
+    with pytest.raises(InvalidFileError, match="broke off"):
+        await run(client, str(tmp_path / "in.gz"), tmp_path / "out")
+
+
+async def test_an_output_that_cannot_be_written_is_refused_first(
+    client: AsyncJobClient, tmp_path: Path
+):
+    source = write(tmp_path / "in", [row("a")])
+    (tmp_path / "folder").mkdir()
+    for target, says in (
+        (tmp_path / "nowhere" / "out", "cannot be written: No such file"),
+        (tmp_path / "folder", "is a folder"),
+    ):
+        with pytest.raises(InvalidFileError, match=says):
+            await run(client, source, target)
+    with pytest.raises(InvalidFileError, match="cannot be resumed"):
+        await run(client, source, "-", resume=True)
+    assert await client.jobs() == []
+
+
+async def test_a_full_disk_leaves_what_is_safe(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = write(tmp_path / "in", [row(f"r{n}") for n in range(10)])
+    from workers.batch_output import BatchOutput
+
+    calls = 0
+    original = BatchOutput.write
+
+    def full(self: BatchOutput, line: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        with self._errors():
+            if calls > 4:
+                raise OSError(28, "No space left on device")
+        original(self, line)
+
+    monkeypatch.setattr(BatchOutput, "write", full)
+    with pytest.raises(InvalidFileError, match=r"No space left on device; what is in .* is safe"):
+        await run(client, source, tmp_path / "out")
+    monkeypatch.setattr(BatchOutput, "write", original)
+    assert not (tmp_path / "out").exists()
+    summary = await run(client, source, tmp_path / "out", resume=True)
+    assert summary.kept == 4
+    assert len(read(tmp_path / "out")) == 10
+    assert sorted(worker.ran) == sorted(f"r{n}" for n in range(10))
+
+
+async def test_two_runs_do_not_share_an_output(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
+):
+    source = write(tmp_path / "in", [row("a")])
+    worker.most = 0
+    first = asyncio.create_task(run(client, source, tmp_path / "out"))
+    async with asyncio.timeout(20):
+        while "out.partial" not in names_in(tmp_path):  # noqa: ASYNC110  a file has no event
+            await asyncio.sleep(0.01)
+    with pytest.raises(InvalidFileError, match="another run is writing"):
+        await run(client, source, tmp_path / "out")
+    first.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await first

@@ -1,0 +1,220 @@
+"""Reading a batch file: plain, compressed or from standard input, in a thread, a bit ahead."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import io
+import sys
+import threading
+from collections import deque
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Self
+
+from schema.errors import ConfigurationError, InvalidFileError
+from schema.openai_batch import BadLine, BatchLine, BatchParser, read_lines
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+#: Name that stands for standard input or output.
+STANDARD = "-"
+_AHEAD = 1024
+# With so many lines and not one JSON object, the file is of another kind.
+_MOST_STRANGE = 1000
+_HEAD_BYTES = 1 << 20
+
+
+def open_input(path: str) -> BinaryIO:
+    """Open a batch file for reading; ``.gz`` and ``.zst`` are decompressed.
+
+    Args:
+        path: The file, or ``-``.
+
+    Raises:
+        InvalidFileError: It is missing, a folder, empty or not readable.
+        ConfigurationError: It is a ``.zst``, and `zstandard` is not installed.
+    """
+    if path == STANDARD:
+        return sys.stdin.buffer
+    file = Path(path)
+    try:
+        if file.is_dir():
+            msg = "is a folder; name a file of one request a line"
+            raise InvalidFileError(msg, path=path)
+        if file.is_file() and file.stat().st_size == 0:
+            msg = "is empty; it must hold one request a line"
+            raise InvalidFileError(msg, path=path)
+        if path.endswith(".gz"):
+            return gzip.open(path, "rb")  # type: ignore[return-value]  # a BinaryIO in all but name
+        if path.endswith(".zst"):
+            return _zstandard(path)
+        return file.open("rb")
+    except OSError as exc:
+        msg = f"cannot be read: {exc.strerror or exc}"
+        raise InvalidFileError(msg, path=path) from exc
+
+
+def _zstandard(path: str) -> BinaryIO:
+    try:
+        zstandard = import_module("zstandard")
+    except ImportError:
+        msg = "reading .zst needs the package zstandard: pip install zstandard"
+        raise ConfigurationError(msg) from None
+    return io.BufferedReader(zstandard.open(path, "rb"))
+
+
+def identity(path: str) -> dict[str, object] | None:
+    """Return what tells one input file from another without reading all of it.
+
+    Args:
+        path: The file, or ``-``.
+
+    Returns:
+        Size and a digest of the beginning and the end; None for what can be read once only.
+
+    Raises:
+        InvalidFileError: It cannot be read.
+    """
+    if path == STANDARD or not Path(path).is_file():
+        return None
+    try:
+        with Path(path).open("rb") as file:
+            digest = hashlib.sha256(file.read(_HEAD_BYTES))
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _HEAD_BYTES))
+            digest.update(file.read())
+    except OSError as exc:
+        msg = f"cannot be read: {exc.strerror or exc}"
+        raise InvalidFileError(msg, path=path) from exc
+    return {"size": size, "sha256_ends": digest.hexdigest()}
+
+
+class BatchInput:
+    """An async iterator over the requests of a batch file.
+
+    A thread reads, decompresses and parses, at most some thousand lines ahead.
+
+    Args:
+        path: The file, or ``-``.
+
+    Raises:
+        InvalidFileError: It is missing, a folder, empty or not readable.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file = open_input(path)
+        self._lines: deque[BatchLine | BadLine] = deque()
+        self._lock = threading.Lock()
+        self._room = threading.Semaphore(_AHEAD)
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._ended = False
+        self._arrived = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a line is there already: reading on does not wait."""
+        return bool(self._lines)
+
+    async def __aiter__(self) -> AsyncIterator[BatchLine | BadLine]:
+        """Yield the lines in order.
+
+        Yields:
+            Requests, and lines that are none.
+
+        Raises:
+            InvalidFileError: The file holds no JSON object, or broke off while it was read.
+        """
+        self._loop = asyncio.get_running_loop()
+        # A daemon: a read of standard input cannot be interrupted.
+        threading.Thread(target=self._read, name="promptmill batch reader", daemon=True).start()
+        while True:
+            while self._lines:
+                line = self._lines.popleft()
+                self._room.release()
+                yield line
+            with self._lock:
+                if self._ended and not self._lines:
+                    break
+                wait = not self._lines
+                if wait:
+                    self._arrived.clear()
+            if wait:
+                await self._arrived.wait()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Stop reading; idempotent."""
+        self._stop.set()
+        self._room.release()
+        if self._path != STANDARD:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        """Return the input itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop reading."""
+        self.close()
+
+    def _read(self) -> None:
+        try:
+            self._parse_all()
+        except (OSError, EOFError, ValueError) as exc:
+            if not self._stop.is_set():
+                self._error = InvalidFileError(f"broke off: {exc}", path=self._path)
+        except BaseException as exc:  # noqa: BLE001  raised again where the lines are read
+            self._error = exc
+        finally:
+            with self._lock:
+                self._ended = True
+            self._tell()
+
+    def _parse_all(self) -> None:
+        parser = BatchParser()
+        strange: list[BadLine] | None = []
+        for number, raw in read_lines(self._file):
+            line = parser.parse(number, raw)
+            if strange is not None:
+                if isinstance(line, BadLine) and not line.is_object:
+                    strange.append(line)
+                    if len(strange) < _MOST_STRANGE:
+                        continue
+                    raise self._not_jsonl(strange)
+                for bad in strange:
+                    self._put(bad)
+                strange = None
+            self._put(line)
+            if self._stop.is_set():
+                return
+        if strange is not None:
+            raise self._not_jsonl(strange)
+
+    def _not_jsonl(self, strange: list[BadLine]) -> InvalidFileError:
+        if not strange:
+            return InvalidFileError("is empty; it must hold one request a line", path=self._path)
+        reason = strange[0].message.removeprefix(f"line {strange[0].number}: ")
+        msg = f"is not a file of one JSON object a line: {reason}"
+        return InvalidFileError(msg, path=self._path, line=strange[0].number)
+
+    def _put(self, line: BatchLine | BadLine) -> None:
+        self._room.acquire()
+        # Under the lock, or the reader might take the last line between these two and never wake.
+        with self._lock:
+            first = not self._lines
+            self._lines.append(line)
+        if first:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                self._loop.call_soon_threadsafe(self._arrived.set)

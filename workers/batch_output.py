@@ -1,0 +1,247 @@
+"""Writing a batch's answers: what is unfinished never bears the name of what is complete.
+
+Lines go to ``OUT.partial``, which becomes ``OUT`` by one rename when the last line is on disk.
+Beside it, ``OUT.partial.json`` says which batch it belongs to, so that a run that was interrupted
+goes on with the same jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from uuid import UUID, uuid4
+
+import orjson
+
+from schema.errors import ConfigurationError, InvalidFileError
+from schema.openai_batch import id_digest
+from workers.batch_input import STANDARD, open_input
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_FLUSH_BYTES = 1 << 20
+Redo = Literal["failed", "truncated"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What an earlier run left behind."""
+
+    digests: frozenset[int]  # of the rows that are answered
+    answered: int
+    failed: int  # of those answered, with an error
+
+
+class BatchOutput:
+    """The output of one batch run.
+
+    Args:
+        path: The file, ``-`` for standard output; ``.gz`` and ``.zst`` are compressed at the end.
+        identity: What tells the input from others; see `workers.batch_input.identity`.
+        resume: Whether to go on with what an earlier run left.
+        redo: Rows of the earlier run to be answered anew.
+
+    Raises:
+        InvalidFileError: It cannot be written, or another run is writing it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        identity: dict[str, object] | None = None,
+        resume: bool = False,
+        redo: Redo | None = None,
+    ) -> None:
+        self.path = path
+        self.batch_id: UUID = uuid4()
+        self.kept = Kept(digests=frozenset(), answered=0, failed=0)
+        self._unflushed = 0
+        self._journal = Path(f"{path}.partial.json")
+        self._partial = Path(f"{path}.partial")
+        self._file: BinaryIO = sys.stdout.buffer
+        if path == STANDARD:
+            if resume or redo:
+                msg = "standard output cannot be resumed; name a file"
+                raise InvalidFileError(msg, path=path)
+            return
+        _check_compressor(path)
+        with self._errors():
+            self._open(identity, resume=resume, redo=redo)
+
+    def write(self, line: bytes) -> None:
+        """Append one line.
+
+        Args:
+            line: With its newline.
+
+        Raises:
+            InvalidFileError: It cannot be written, as on a full disk. Lines before it are safe.
+        """
+        with self._errors():
+            self._file.write(line)
+            self._unflushed += len(line)
+            if self._unflushed >= _FLUSH_BYTES:
+                self.flush()
+
+    def flush(self) -> None:
+        """Hand to the system what was written.
+
+        Raises:
+            InvalidFileError: It cannot be written.
+        """
+        with self._errors():
+            self._file.flush()
+            self._unflushed = 0
+
+    def complete(self) -> None:
+        """Give the output its name: every row is in it.
+
+        Raises:
+            InvalidFileError: It cannot be written; the partial output stays.
+        """
+        with self._errors():
+            self._file.flush()
+            if self.path == STANDARD:
+                return
+            os.fsync(self._file.fileno())
+            if self.path.endswith((".gz", ".zst")):
+                _compress(self._partial, self.path)
+                self._partial.unlink()
+            else:
+                self._partial.replace(self.path)
+            self._journal.unlink(missing_ok=True)
+            self._file.close()
+
+    def close(self) -> None:
+        """Close without completing: what was written waits to be resumed. Idempotent."""
+        if self.path != STANDARD and not self._file.closed:
+            with contextlib.suppress(OSError):  # a full disk was reported when it was met
+                self._file.close()
+
+    def _open(self, identity: dict[str, object] | None, *, resume: bool, redo: Redo | None) -> None:
+        if Path(self.path).is_dir():
+            msg = "is a folder; name a file"
+            raise InvalidFileError(msg, path=self.path)
+        file = self._partial.open("a+b")
+        self._file = file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            msg = "another run is writing this output"
+            raise InvalidFileError(msg, path=self.path) from None
+        if not resume and not redo:
+            file.truncate(0)
+        else:
+            self._take_up(identity, redo)
+        note = {"v": 1, "batch_id": str(self.batch_id), "input": identity}
+        self._journal.write_bytes(orjson.dumps(note))
+
+    def _take_up(self, identity: dict[str, object] | None, redo: Redo | None) -> None:
+        note = _read_journal(self._journal)
+        # Other rows under the same names, or the same rows wanted anew, are other jobs.
+        if note and not redo and note.get("input") == identity:
+            self.batch_id = UUID(note["batch_id"])
+        if self._partial.stat().st_size == 0 and Path(self.path).exists():
+            with open_input(self.path) as complete:
+                shutil.copyfileobj(complete, self._file)
+            self._file.flush()
+        self.kept = _tidy(self._partial, self._file, _REDO[redo] if redo else None)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Any:
+        try:
+            yield
+        except OSError as exc:
+            if isinstance(exc, BrokenPipeError):
+                msg = "whoever read the output has gone"
+                raise InvalidFileError(msg, path=self.path) from exc
+            safe = f"; what is in {self._partial} is safe, and --resume goes on from there"
+            msg = f"cannot be written: {exc.strerror or exc}"
+            known = self.path != STANDARD and self._partial.exists()
+            raise InvalidFileError(msg + (safe if known else ""), path=self.path) from exc
+
+
+def _read_journal(journal: Path) -> dict[str, Any] | None:
+    try:
+        note = orjson.loads(journal.read_bytes())
+        UUID(note["batch_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(note)
+
+
+def _tidy(path: Path, file: BinaryIO, again: Callable[[dict[str, Any]], bool] | None) -> Kept:
+    """Drop the torn last line and the rows to be redone, in place; return what stays.
+
+    Lines about wrong input go too: they are written anew whenever the input is read. Kept lines
+    only ever move towards the beginning, so that none is overwritten before it is read.
+    """
+    digests: set[int] = set()
+    failed = place = 0
+    with path.open("rb") as reader, path.open("r+b") as writer:
+        for line in reader:
+            row = _row(line)
+            if row is None or (again is not None and again(row)):
+                continue
+            failed += _is_failed(row)
+            digests.add(id_digest(row["custom_id"]))
+            writer.seek(place)
+            writer.write(line)
+            place += len(line)
+        writer.flush()
+    file.truncate(place)
+    return Kept(digests=frozenset(digests), answered=len(digests), failed=failed)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
+        return None
+    return None if "line" in (row.get("promptmill") or {}) else row
+
+
+def _is_failed(row: dict[str, Any]) -> bool:
+    return row.get("error") is not None
+
+
+def _is_truncated(row: dict[str, Any]) -> bool:
+    body = (row.get("response") or {}).get("body") or {}
+    return any(choice.get("finish_reason") == "length" for choice in body.get("choices") or ())
+
+
+_REDO = {"failed": _is_failed, "truncated": _is_truncated}
+
+
+def _check_compressor(path: str) -> None:
+    from importlib.util import find_spec
+
+    if path.endswith(".zst") and find_spec("zstandard") is None:
+        msg = "writing .zst needs the package zstandard: pip install zstandard"
+        raise ConfigurationError(msg)
+
+
+def _compress(source: Path, target: str) -> None:
+    made = Path(f"{target}.tmp")
+    with source.open("rb") as plain:
+        if target.endswith(".gz"):
+            with gzip.open(made, "wb") as packed:
+                shutil.copyfileobj(plain, packed)
+        else:
+            with made.open("wb") as out:
+                import_module("zstandard").ZstdCompressor().copy_stream(plain, out)
+    made.replace(target)
