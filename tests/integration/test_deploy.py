@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +21,11 @@ from redis import Redis
 from redis.exceptions import NoPermissionError, RedisError
 from sqlalchemy.engine import make_url
 
+from schema import names
 from tests.integration.test_client import PlayedWorker
-from workers import AsyncJobClient, Settings
+from workers import AsyncJobClient, Settings, health
 from workers.connection import open_redis
+from workers.queue_marks import shine
 from workers.servers import postgres_folder, valkey_binary
 from workers.store.database import Database
 from workers.store.jobs import JobStore
@@ -42,29 +48,29 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def redis_url(secrets: Path) -> Iterator[Callable[[str], str]]:
     """Address, for a role, of a Valkey that knows the users of users.acl only."""
-    socket = secrets.parent / "valkey.sock"
-    command = [valkey_binary(), "--port", "0", "--unixsocket", socket, "--save", ""]
+    path = secrets.parent / "valkey.sock"
+    command = [valkey_binary(), "--port", "0", "--unixsocket", path, "--save", ""]
     command += ["--aclfile", secrets / "valkey-users.acl"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     until = time.monotonic() + 30
-    while not answers(socket):
+    while not answers(path):
         assert server.poll() is None, server.stdout and server.stdout.read()
         assert time.monotonic() < until
         time.sleep(0.02)
 
     def url(role: str) -> str:
         password = (secrets / f"valkey-{role}-password").read_text()
-        return f"unix://promptmill_{role}:{password}@{quote(str(socket))}"
+        return f"unix://promptmill_{role}:{password}@{quote(str(path))}"
 
     yield url
     server.terminate()
     server.wait(30)
 
 
-def answers(socket: Path) -> bool:
+def answers(path: Path) -> bool:
     """Ask as the health check does: without a name."""
     try:
-        return bool(Redis(unix_socket_path=str(socket)).ping())
+        return bool(Redis(unix_socket_path=str(path)).ping())
     except RedisError:
         return False
 
@@ -186,6 +192,38 @@ def test_a_second_call_keeps_the_secrets(secrets: Path):
     passwords = [content for name, content in before.items() if name.endswith("-password")]
     assert len(set(passwords)) == len(passwords) == 7
     assert all(len(password) == 48 for password in passwords)
+
+
+async def test_a_container_is_healthy_while_its_worker_says_so(
+    redis_url: Callable[[str], str], role_url: Callable[[str], str]
+):
+    settings = settings_for("worker", redis_url, role_url)
+    redis = open_redis(redis_url("worker"))
+    await shine(redis, "m@elsewhere:1", {"host": "elsewhere", "models": ["m"]})
+    assert await health.workers_here(settings) == []
+    await shine(redis, "m@here:2", {"host": socket.gethostname(), "models": ["m"]})
+    assert await health.workers_here(settings) == ["m@here:2"]
+    await redis.aclose()
+
+
+@pytest.mark.parametrize(("who", "status"), [("nobody", 1), (socket.gethostname(), 0)])
+def test_the_health_check_says_so_by_its_exit_status(
+    who: str, status: int, redis_url: Callable[[str], str], secrets: Path
+):
+    url = redis_url("worker")
+    with Redis.from_url(url) as redis:
+        for key in redis.scan_iter(names.worker_key("*@*")):
+            redis.delete(key)
+        redis.set(names.worker_key("m@h:1"), json.dumps({"host": who}), ex=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "workers.health"],
+        env={"PATH": os.environ["PATH"], "PROMPTMILL_REDIS_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == status, done
 
 
 async def test_settings_in_files_reach_the_command(tmp_path: Path):

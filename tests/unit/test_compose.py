@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,13 @@ def test_every_promptmill_command_exists(
     lists += [service["healthcheck"]["test"] for service in every if "healthcheck" in service]
     lists += [json.loads(rest) for word, rest in instructions if word in {"CMD", "ENTRYPOINT"}]
     found = [words[words.index("promptmill") + 1 :] for words in lists if "promptmill" in words]
-    assert {"worker", "db"} <= {words[0] for words in found}
+    assert {words[0] for words in found} == {"worker", "db"}
     for words in found:
         check_command(words)
+    modules = [words[words.index("-m") + 1] for words in lists if "-m" in words]
+    assert modules
+    for module in modules:
+        assert find_spec(module) is not None, module
 
 
 def test_the_dockerfile_copies_what_exists(instructions: list[tuple[str, str]]):
