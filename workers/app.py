@@ -108,10 +108,10 @@ def run_worker(
 
         worker_ready.connect(lambda **_: on_ready(), weak=False)
     logging.basicConfig(level=settings.log_level, stream=sys.stderr)
-    words = ["worker", "--without-gossip", "--without-mingle", "--quiet"]
+    words = ["worker", "--without-gossip", "--without-mingle"]
     words += ["--loglevel", settings.log_level, "--hostname", _hostname(model.name)]
     try:
-        app.worker_main(words)
+        app.worker_main(["--quiet", *words])
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else 1
     return 0

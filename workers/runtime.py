@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 _WATCH_S = 0.5
 _ANNOUNCE_S = 2.0
+#: Seconds a finished answer waits for its analysis. Whoever submits a job has gone away, and an
+#: answer without its analysis is worth less to him than this.
+_ENRICHMENT_WAIT_S = 1.0
 
 
 @asynccontextmanager
@@ -114,16 +118,30 @@ async def _engine(
     from workers.handlers import OpenAIHandlers
 
     args = vllm_arguments(model)
-    config = HandlerConfig(namespace=settings.namespace, require_scope=True)
-    parts = Parts(
-        analyser=SpacyAnalyser(config.nlp),
-        embedder=MiniLmEmbedder(config.similarity),
-        store=answers,
+    config = HandlerConfig(
+        namespace=settings.namespace, require_scope=True, enrichment_wait_s=_ENRICHMENT_WAIT_S
     )
-    llm = EnhancedAsyncLLM.from_engine_args(
-        AsyncEngineArgs.from_cli_args(args), handler_config=config, parts=parts
+    analyser, embedder = SpacyAnalyser(config.nlp), MiniLmEmbedder(config.similarity)
+    for part in (analyser, embedder):
+        stack.push_async_callback(part.aclose)
+    make = partial(
+        EnhancedAsyncLLM.from_engine_args,
+        AsyncEngineArgs.from_cli_args(args),
+        handler_config=config,
+        parts=Parts(analyser=analyser, embedder=embedder, store=answers),
     )
+    # All three load models for many seconds; the engine does it in a thread, as it would block.
+    starts = await asyncio.gather(
+        asyncio.to_thread(make), analyser.start(), embedder.start(), return_exceptions=True
+    )
+    llm = starts[0]
+    if isinstance(llm, BaseException):
+        raise llm
     stack.push_async_callback(llm.aclose)
+    for failure in starts[1:]:
+        if isinstance(failure, BaseException):
+            # An enhancement: jobs are answered without it, and it is tried again.
+            _log.warning("enhancement did not start", reason=str(failure))
     return llm, await OpenAIHandlers.over(llm, args)
 
 
@@ -177,11 +195,14 @@ def _listen(stack: AsyncExitStack, redis: Redis, llm: EnhancedAsyncLLM, leases: 
             model=said.get("model"),
         )
 
+    def forget_all() -> None:
+        llm.forget()
+
     announcements = Announcements(
         redis,
         {names.CANCELLATIONS: cancel, names.INVALIDATIONS: forget},
         # What was invalidated while nobody listened must not be served from memory.
-        missed=llm.forget,
+        missed=forget_all,
     )
     announcements.start()
     stack.push_async_callback(announcements.aclose)
