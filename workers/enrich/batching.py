@@ -213,6 +213,8 @@ class ModelProcess:
                 async with asyncio.timeout(self._budget_s):
                     header, payload = await child.receive()
                 _settle(open_items.pop(header.index), header.ok, payload, self._kind)
+                # One reader a turn of the loop: a whole batch read in one turn would block it.
+                await asyncio.sleep(0)
         except (EnrichmentUnavailableError, TimeoutError) as exc:
             self._count_failure()
             await self._replace_child()
@@ -236,8 +238,8 @@ class ModelProcess:
     async def _replace_child(self) -> None:
         child, self._child = self._child, None
         if child is not None:
-            self.restarts += not self._closed
             await child.kill()
+            self.restarts += not self._closed
 
     def _count_failure(self) -> None:
         """Put the next start off: at once after the first failure, then ever later."""

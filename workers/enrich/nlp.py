@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from workers.engine.config import NlpConfig
 
 #: A reply above this many bytes takes long enough to read that it is done beside the loop.
-_READ_ASIDE_BYTES = 64 * 1024
+_READ_ASIDE_BYTES = 32 * 1024
 
 
 class SpacyAnalyser:

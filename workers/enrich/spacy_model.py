@@ -36,7 +36,8 @@ class SpacyModel:
             For each text JSON that `SpacyAnalyser` reads: an `Analysis` whose tokens and entities
             are rows.
         """
-        cut = [text[: self._max_chars] for text in texts]
+        # Half a surrogate pair stops the tokenizer; one "?" for it keeps all places as they are.
+        cut = [text[: self._max_chars].encode("utf-8", "replace").decode("utf-8") for text in texts]
         for text, doc in zip(texts, self._nlp.pipe(cut, batch_size=8), strict=True):
             analysis = self._describe(doc)
             analysis["truncated"] = len(text) > self._max_chars
