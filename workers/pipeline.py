@@ -18,12 +18,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID, uuid4
 
 import structlog
+from cachetools import LRUCache
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from schema.errors import (
@@ -51,6 +52,7 @@ _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
 
 _IDLE_LOOK_S = 0.02
+_STORED_REMEMBERED = 100_000  # answers known to be in Postgres
 _STOPPED = {
     Stopped.CANCELLED: (JobState.CANCELLED, "JobCancelled", "cancelled while it ran"),
     Stopped.EXPIRED: (JobState.EXPIRED, "DeadlinePassed", "its deadline passed while it ran"),
@@ -106,6 +108,7 @@ class Pipeline:
         self._leases = leases
         self._slots = slots
         self._one_suspect = asyncio.Lock()
+        self._stored: LRUCache[UUID, bool] = LRUCache(_STORED_REMEMBERED)
         self._in_hand: dict[object, float] = {}  # messages, and when each was written
         #: Set when vLLM's engine has died: the process is to be replaced.
         self.engine_died = asyncio.Event()
@@ -151,7 +154,7 @@ class Pipeline:
             timeout_s: Seconds.
         """
         end = asyncio.get_running_loop().time() + timeout_s
-        while self.running and asyncio.get_running_loop().time() < end:
+        while self.running and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110  bounded
             await asyncio.sleep(_IDLE_LOOK_S)
 
     async def _run_all(self, ids: list[UUID]) -> None:
@@ -337,9 +340,16 @@ class Pipeline:
 
     async def _commit(self, outcome: Outcome) -> bool:
         """Commit, however long Postgres is away; False when another worker holds the job now."""
-        return await self._patiently(
+        answer = outcome.answer
+        if answer is not None and answer.id in self._stored:
+            # A hit from memory of what was stored before: only the outcome is new.
+            outcome = replace(outcome, answer=None)
+        stands = await self._patiently(
             "commit an outcome", lambda: self._commit_group.finish(outcome)
         )
+        if stands and answer is not None:
+            self._stored[answer.id] = True
+        return stands
 
     async def _publish(self, deliveries: Sequence[Delivery]) -> None:
         try:

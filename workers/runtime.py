@@ -234,7 +234,7 @@ async def _announce(redis: Redis, name: str, model: str, pipeline: Pipeline, llm
 
 async def _watch(llm: EnhancedAsyncLLM, pipeline: Pipeline) -> None:
     """End the process when vLLM's engine has died: only a new process gets a new engine."""
-    while not (llm.errored or pipeline.engine_died.is_set()):
+    while not (llm.errored or pipeline.engine_died.is_set()):  # noqa: ASYNC110  vLLM sets no event
         await asyncio.sleep(_WATCH_S)
     _log.error("vLLM's engine is dead; this worker ends and is to be started anew")
     pipeline.engine_died.set()

@@ -31,7 +31,8 @@ _PUT_ANALYSES = text(
 )
 
 # Of two answers to one request the first stays, as long as it is live; one that has expired makes
-# way. A reported answer is no longer in the index that decides this, so a new one can take its
+# way. The same answer comes again when its analysis was late: what was found is added to it. A
+# reported answer is no longer in the index that decides this, so a new one can take its
 # place, unless it says the same again.
 _PUT_ANSWERS = text(
     """
@@ -63,12 +64,20 @@ _PUT_ANSWERS = text(
     DO UPDATE SET
         id = excluded.id, engine = excluded.engine, model = excluded.model,
         kind = excluded.kind, scope = excluded.scope, prompt = excluded.prompt,
-        outputs = excluded.outputs, digest = excluded.digest,
-        nlp_result_id = excluded.nlp_result_id, prompt_tokens = excluded.prompt_tokens,
+        outputs = CASE WHEN answers.id = excluded.id AND excluded.nlp_result_id IS NULL
+                       THEN answers.outputs ELSE excluded.outputs END,
+        digest = excluded.digest,
+        nlp_result_id = CASE WHEN answers.id = excluded.id
+                             THEN coalesce(excluded.nlp_result_id, answers.nlp_result_id)
+                             ELSE excluded.nlp_result_id END,
+        prompt_tokens = excluded.prompt_tokens,
         completion_tokens = excluded.completion_tokens, engine_s = excluded.engine_s,
-        tags = excluded.tags, hits = 0, last_hit_at = NULL, created_at = now(),
+        tags = excluded.tags,
+        hits = CASE WHEN answers.id = excluded.id THEN answers.hits ELSE 0 END,
+        last_hit_at = CASE WHEN answers.id = excluded.id THEN answers.last_hit_at END,
+        created_at = CASE WHEN answers.id = excluded.id THEN answers.created_at ELSE now() END,
         expires_at = excluded.expires_at
-    WHERE answers.expires_at <= now()
+    WHERE answers.expires_at <= now() OR answers.id = excluded.id
     RETURNING id
     """
 )
