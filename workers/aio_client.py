@@ -202,6 +202,28 @@ class AsyncJobClient:
             raise not_found(ref)
         return status
 
+    async def request(self, job: JobName, *, namespace: str | None = None) -> dict[str, Any]:
+        """Return what a job asks.
+
+        Args:
+            job: Handle or id.
+            namespace: Tenant; the settings' own unless told.
+
+        Returns:
+            A `schema.jobs.PromptRequest` or `OpenAIRequest` as JSON types.
+
+        Raises:
+            JobNotFoundError: The namespace has no such job.
+            ConfigurationError: This client has no database.
+            DatabaseUnavailableError: Postgres cannot be used now.
+        """
+        ref = self._ref(job, namespace)
+        store = (await self.connection()).store("the request of a job")
+        request = await store.request(ref.namespace, ref.id)
+        if request is None:
+            raise not_found(ref)
+        return dict(request)
+
     async def result(
         self,
         job: JobName,

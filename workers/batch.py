@@ -7,30 +7,28 @@ line has been handed to the output.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
-import orjson
-
-from schema.errors import BrokerUnavailableError, DatabaseUnavailableError, InvalidRequestError
+from schema.errors import BrokerUnavailableError, DatabaseUnavailableError
 from schema.jobs import JobState
 from schema.openai_batch import BadLine, BatchLine, error_line, id_digest, output_line
 from workers.batch_input import BatchInput, identity
 from workers.batch_output import BatchOutput
+from workers.batch_rows import DEFAULTS, BatchOptions, RowBuilder, batch_channel, open_batch
 from workers.cursors import START
-from workers.submission import SubmitDefaults, build_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from schema.jobs import JobResult, JobSpec
     from workers.aio_client import AsyncJobClient
-    from workers.batch_output import Redo
     from workers.connection import Connection
+
+__all__ = ["BatchOptions", "BatchProgress", "run_batch"]
 
 _BLOCK_S = 0.5
 # With no result for so long, Postgres is asked: what is stored there may never be announced.
@@ -38,20 +36,6 @@ _SILENCE_S = 5.0
 _ASK_AT_ONCE = 1000
 # Seconds for which a server may be away before the run gives up; what is written stays.
 _PATIENCE_S = 120.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchOptions:
-    """How a batch is run."""
-
-    namespace: str | None = None  # tenant; None is the settings' own
-    model: str | None = None  # served model; None is each row's own, if served, or the default
-    resume: bool = False  # go on with what an earlier run left
-    redo: Redo | None = None  # answer rows of a finished run anew: failed or truncated
-    max_tokens: int | None = None  # new limit for every row
-    ordered: bool = False  # lines in the order of the input
-    window: int = 4096  # rows under way at most
-    job: dict[str, Any] = field(default_factory=dict)  # further `SubmitOptions` of every row
 
 
 @dataclass(kw_only=True)
@@ -93,7 +77,7 @@ async def run_batch(
     client: AsyncJobClient,
     source: str,
     target: str,
-    options: BatchOptions = BatchOptions(),
+    options: BatchOptions = DEFAULTS,
     *,
     on_progress: Callable[[BatchProgress], None] | None = None,
 ) -> BatchProgress:
@@ -157,15 +141,16 @@ class _Run:
         self._options = options
         self._on_progress = on_progress or (lambda _: None)
         self._namespace = options.namespace or client.settings.namespace
-        self._channel = f"batch-{output.batch_id.hex}"
-        self._defaults = SubmitDefaults(
-            namespace=self._namespace, max_prompt_bytes=client.settings.max_prompt_bytes
+        self._channel = batch_channel(output.batch_id)
+        self._builder = RowBuilder(
+            client, options, output.batch_id, with_rows=connection.ledger is not None
         )
         self._room = asyncio.Semaphore(options.window)
         self._under_way: dict[UUID, _Row] = {}
         self._held: dict[int, _Row] = {}  # finished ahead of their turn, by place
         self._places = self._next_place = 0
         self._reading = True
+        self._cursor = START  # in the batch's channel
         self._moved = asyncio.Event()  # a row is under way, or no more will be
         kept = output.kept
         self.progress = BatchProgress(
@@ -173,7 +158,7 @@ class _Run:
         )
 
     async def run(self, source: str) -> BatchProgress:
-        await self._open_batch(source)
+        await open_batch(self._connection, self._namespace, self._output.batch_id, source)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._submit_all(), name="promptmill batch submission")
@@ -198,7 +183,7 @@ class _Run:
             await self._room.acquire()
             row = _Row(place=self._places, job_id=None)
             self._places += 1
-            spec = line if isinstance(line, BadLine) else await self._spec(line)
+            spec = line if isinstance(line, BadLine) else await self._builder.build(line)
             if isinstance(spec, BadLine):
                 self.progress.failed += 1
                 self._finish(row, error_line(spec))
@@ -216,41 +201,6 @@ class _Run:
 
     def _is_kept(self, line: BatchLine) -> bool:
         return id_digest(line.custom_id) in self._output.kept.digests
-
-    async def _spec(self, line: BatchLine) -> JobSpec | BadLine:
-        body = dict(line.body)
-        if self._options.max_tokens is not None:
-            body.pop("max_completion_tokens", None)
-            body["max_tokens"] = self._options.max_tokens
-        # The same row under the same batch is the same job, however often it is submitted.
-        digest = hashlib.sha256(orjson.dumps([line.url, body], option=orjson.OPT_SORT_KEYS))
-        options: dict[str, Any] = {
-            **self._options.job,
-            "url": line.url,
-            "body": body,
-            "channel": self._channel,
-            "custom_id": line.custom_id,
-            "idempotency_key": f"{self._output.batch_id.hex}:{line.number}:{digest.hexdigest()}",
-            "model": self._options.model or await self._served(body.get("model")),
-        }
-        if self._connection.ledger is not None:
-            options |= {"batch_id": self._output.batch_id, "row": line.number - 1}
-        try:
-            return build_spec(None, options, self._defaults)
-        except InvalidRequestError as exc:
-            return BadLine(
-                number=line.number,
-                message=f"line {line.number}: {exc}",
-                custom_id=line.custom_id,
-                param=exc.field,
-            )
-
-    async def _served(self, model: object) -> str | None:
-        # A model that nobody is known to serve goes to the default's queue, where vLLM answers
-        # that it does not exist; in a queue of its own the row would wait for ever.
-        if isinstance(model, str) and model in await self._client.served_models():
-            return model
-        return None
 
     async def _send(self, group: list[JobSpec]) -> None:
         if not group:
@@ -270,7 +220,6 @@ class _Run:
             await self._ask(known)
 
     async def _collect(self) -> None:
-        cursor = START
         heard = time.monotonic()
         away_since: float | None = None
         while self._reading or self._under_way:
@@ -281,7 +230,7 @@ class _Run:
                 continue
             try:
                 found = await self._connection.channel.read(
-                    self._namespace, self._channel, cursor, count=512, block_s=_BLOCK_S
+                    self._namespace, self._channel, self._cursor, count=512, block_s=_BLOCK_S
                 )
                 away_since = None
             except BrokerUnavailableError:
@@ -291,7 +240,7 @@ class _Run:
                 found = []
                 await asyncio.sleep(1.0)
             for delivery in found:
-                cursor = delivery.cursor
+                self._cursor = delivery.cursor
                 self._take(delivery.result)
             if found:
                 heard = time.monotonic()
@@ -305,6 +254,8 @@ class _Run:
         store = self._connection.ledger
         wanted = list(ids)
         if store is None:
+            # An earlier run's results may have been passed over before their rows were sent again.
+            self._cursor = START
             return
         for at in range(0, len(wanted), _ASK_AT_ONCE):
             try:
@@ -336,18 +287,6 @@ class _Run:
         self._output.write(row.line or b"")
         self.progress.written += 1
         self._room.release()
-
-    async def _open_batch(self, source: str) -> None:
-        store = self._connection.ledger
-        if store is None:
-            return
-        if await store.batch(self._namespace, self._output.batch_id) is None:
-            await store.create_batch(
-                self._namespace,
-                batch_id=self._output.batch_id,
-                source=source,
-                details={"output": self._output.path},
-            )
 
     async def _close_batch(self) -> None:
         store = self._connection.ledger

@@ -58,6 +58,41 @@ def open_input(path: str) -> BinaryIO:
         raise InvalidFileError(msg, path=path) from exc
 
 
+def check_input(path: str) -> None:
+    """Refuse a file that is no batch, before anything is started for it.
+
+    Args:
+        path: The file; standard input and pipes can be read once only, and are left alone.
+
+    Raises:
+        InvalidFileError: It is missing, a folder, empty, not readable, or holds no JSON object.
+    """
+    if path == STANDARD or (Path(path).is_fifo()):
+        return
+    strange: list[BadLine] = []
+    parser = BatchParser()
+    with open_input(path) as file:
+        try:
+            for number, raw in read_lines(file):
+                line = parser.parse(number, raw)
+                if isinstance(line, BatchLine) or line.is_object:
+                    return
+                strange.append(line)
+                if len(strange) >= _MOST_STRANGE:
+                    break
+        except (OSError, EOFError, ValueError) as exc:
+            raise InvalidFileError(f"broke off: {exc}", path=path) from exc
+    raise _not_jsonl(path, strange)
+
+
+def _not_jsonl(path: str, strange: list[BadLine]) -> InvalidFileError:
+    if not strange:
+        return InvalidFileError("is empty; it must hold one request a line", path=path)
+    reason = strange[0].message.removeprefix(f"line {strange[0].number}: ")
+    msg = f"is not a file of one JSON object a line: {reason}"
+    return InvalidFileError(msg, path=path, line=strange[0].number)
+
+
 def _zstandard(path: str) -> BinaryIO:
     try:
         zstandard = import_module("zstandard")
@@ -188,7 +223,7 @@ class BatchInput:
                     strange.append(line)
                     if len(strange) < _MOST_STRANGE:
                         continue
-                    raise self._not_jsonl(strange)
+                    raise _not_jsonl(self._path, strange)
                 for bad in strange:
                     self._put(bad)
                 strange = None
@@ -196,14 +231,7 @@ class BatchInput:
             if self._stop.is_set():
                 return
         if strange is not None:
-            raise self._not_jsonl(strange)
-
-    def _not_jsonl(self, strange: list[BadLine]) -> InvalidFileError:
-        if not strange:
-            return InvalidFileError("is empty; it must hold one request a line", path=self._path)
-        reason = strange[0].message.removeprefix(f"line {strange[0].number}: ")
-        msg = f"is not a file of one JSON object a line: {reason}"
-        return InvalidFileError(msg, path=self._path, line=strange[0].number)
+            raise _not_jsonl(self._path, strange)
 
     def _put(self, line: BatchLine | BadLine) -> None:
         self._room.acquire()

@@ -171,6 +171,29 @@ class BatchOutput:
             raise InvalidFileError(msg + (safe if known else ""), path=self.path) from exc
 
 
+def check_output(path: str) -> None:
+    """Refuse an output that cannot be written, before anything is started for it.
+
+    Args:
+        path: The file, or ``-``.
+
+    Raises:
+        InvalidFileError: It is a folder, or its folder is missing or not writable.
+    """
+    if path == STANDARD:
+        return
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir():
+        msg = "is a folder; name a file"
+    elif not folder.is_dir():
+        msg = "cannot be written: its folder does not exist"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        msg = "cannot be written: its folder may not be written by this user"
+    else:
+        return
+    raise InvalidFileError(msg, path=path)
+
+
 def _read_journal(journal: Path) -> dict[str, Any] | None:
     try:
         note = orjson.loads(journal.read_bytes())

@@ -111,6 +111,14 @@ class JobClient:
         waiting = self._aio.result(job, timeout_s, namespace=namespace, channel=channel)
         return self._thread.run(waiting)
 
+    def request(self, job: JobName, *, namespace: str | None = None) -> dict[str, Any]:
+        """Return what a job asks; see `AsyncJobClient.request`."""
+        return self._thread.run(self._aio.request(job, namespace=namespace))
+
+    def served_models(self) -> frozenset[str]:
+        """Return the models that are served; see `AsyncJobClient.served_models`."""
+        return self._thread.run(self._aio.served_models())
+
     def cancel(self, job: JobName, *, namespace: str | None = None) -> bool:
         """Cancel a job; see `AsyncJobClient.cancel`."""
         return self._thread.run(self._aio.cancel(job, namespace=namespace))

@@ -101,6 +101,17 @@ class Connection:
             raise ConfigurationError(msg)
         return self.ledger
 
+    def require_database(self) -> Database:
+        """Return the pool of connections to Postgres.
+
+        Raises:
+            ConfigurationError: This client has Redis alone.
+        """
+        if self.database is None:
+            msg = "this needs the database; set PROMPTMILL_DATABASE_URL"
+            raise ConfigurationError(msg)
+        return self.database
+
     async def aclose(self) -> None:
         """Close everything; idempotent."""
         await self.signals.aclose()

@@ -1,0 +1,305 @@
+"""``promptmill batch``: files in OpenAI's batch format."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from schema.errors import InvalidRequestError
+from workers.cli.shared import (
+    FAILED,
+    Json,
+    Model,
+    Namespace,
+    job_id,
+    need_worker_package,
+    print_json,
+    say,
+    settings_with,
+    table,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from workers.aio_client import AsyncJobClient
+    from workers.batch import BatchProgress
+    from workers.settings import Settings
+
+app = typer.Typer(help="Answer files of requests in OpenAI's batch format.", no_args_is_help=True)
+
+Input = Annotated[str, typer.Argument(metavar="IN", help="One request a line; .gz, .zst or - too.")]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="Answers; - too.")]
+BatchId = Annotated[str, typer.Argument(metavar="ID", help="Id of a batch.")]
+Reuse = Annotated[
+    str | None, typer.Option(help="Stored answers that will do: off, exact, always, semantic.")
+]
+Priority = Annotated[int | None, typer.Option(help="0 is served first, 9 last.")]
+
+
+@app.command()
+def run(
+    source: Input,
+    output: Output,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
+    ] = False,
+    retry: Annotated[
+        str | None,
+        typer.Option(help="Answer rows of a finished output anew: failed or truncated."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="New limit of every row; needed to mend truncated.")
+    ] = None,
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="Keep the order of the input.")
+    ] = False,
+    window: Annotated[int, typer.Option(min=1, help="Rows under way at most.")] = 4096,
+    model: Model = None,
+    namespace: Namespace = None,
+    reuse: Reuse = None,
+    priority: Priority = None,
+    no_worker: Annotated[
+        bool, typer.Option("--no-worker", help="Do not start a worker, even if none runs.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer every row of IN, and write the answers to OUT as they come.
+
+    A row that is wrong gets a line that says so. OUT appears when it is complete; until then its
+    lines are in OUT.partial. Where no server is configured, the embedded ones are used, and a
+    worker is started unless one runs.
+
+    Examples:
+        promptmill batch run questions.jsonl -o answers.jsonl
+
+        promptmill batch run questions.jsonl.gz -o answers.jsonl.gz --resume
+
+        cat questions.jsonl | promptmill batch run - -o - --ordered > answers.jsonl
+
+        promptmill batch run in.jsonl -o out.jsonl --retry truncated --max-tokens 2000
+    """
+    from workers.batch import BatchOptions, run_batch
+    from workers.batch_input import check_input
+    from workers.batch_output import check_output
+
+    options = BatchOptions(
+        namespace=namespace,
+        model=model,
+        resume=resume,
+        redo=_redo(retry),
+        max_tokens=max_tokens,
+        ordered=ordered,
+        window=window,
+        job=_job_options(reuse, priority),
+    )
+    # Before a worker is started for nothing.
+    check_input(source)
+    check_output(output)
+    settings = settings_with()
+    with _worker(settings, start=not no_worker), _progress(source) as show:
+        summary: BatchProgress = _with_client(
+            settings, lambda client: run_batch(client, source, output, options, on_progress=show)
+        )
+    if as_json and output != "-":
+        print_json(_summary(summary))
+    else:
+        say(_sentence(summary))
+    if summary.failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def submit(
+    source: Input,
+    model: Model = None,
+    namespace: Namespace = None,
+    reuse: Reuse = None,
+    priority: Priority = None,
+    as_json: Json = False,
+) -> None:
+    """Submit every row of IN and return at once; print the batch's id.
+
+    Example:
+        ID=$(promptmill batch submit questions.jsonl)
+
+        promptmill batch status $ID
+
+        promptmill batch results $ID -o answers.jsonl
+    """
+    from workers.batch import BatchOptions
+    from workers.batch_jobs import submit_batch
+
+    options = BatchOptions(namespace=namespace, model=model, job=_job_options(reuse, priority))
+    found = _with_client(settings_with(), lambda client: submit_batch(client, source, options))
+    if as_json:
+        print_json(found)
+    else:
+        print(found["id"])
+
+
+@app.command()
+def status(batch: BatchId, namespace: Namespace = None, as_json: Json = False) -> None:
+    """Show where a batch stands."""
+    from workers.batch_jobs import describe
+
+    batch_id = job_id(batch)
+    _show(
+        [_with_client(settings_with(), lambda c: describe(c, batch_id, namespace=namespace))],
+        as_json=as_json,
+        one=True,
+    )
+
+
+@app.command("list")
+def list_all(
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
+    namespace: Namespace = None,
+    as_json: Json = False,
+) -> None:
+    """List batches, newest first."""
+    from workers.batch_jobs import list_batches
+
+    found = _with_client(
+        settings_with(), lambda c: list_batches(c, namespace=namespace, limit=limit)
+    )
+    _show(found, as_json=as_json)
+
+
+@app.command()
+def cancel(batch: BatchId, namespace: Namespace = None, as_json: Json = False) -> None:
+    """Cancel what waits and stop what runs of a batch; answers that are there stay."""
+    from workers.batch_jobs import cancel_batch
+
+    batch_id = job_id(batch)
+    _show(
+        [_with_client(settings_with(), lambda c: cancel_batch(c, batch_id, namespace=namespace))],
+        as_json=as_json,
+        one=True,
+    )
+
+
+@app.command()
+def results(
+    batch: BatchId, output: Output = "-", namespace: Namespace = None, as_json: Json = False
+) -> None:
+    """Write what a batch has answered so far. Exit code 1 says that rows are still missing."""
+    from workers.batch_jobs import collect
+
+    batch_id = job_id(batch)
+    found = _with_client(
+        settings_with(), lambda c: collect(c, batch_id, output, namespace=namespace)
+    )
+    if as_json and output != "-":
+        print_json(found)
+    counts = found["request_counts"]
+    if found["finished_at"] is None:
+        over = counts["completed"] + counts["failed"]
+        say(f"the batch is {found['status']}: {over} of {counts['total']} rows are over")
+        raise typer.Exit(FAILED)
+
+
+def _redo(retry: str | None) -> Literal["failed", "truncated"] | None:
+    if retry in (None, "failed", "truncated"):
+        return retry
+    msg = "must be failed or truncated"
+    raise InvalidRequestError(msg, field="retry", value=retry)
+
+
+def _job_options(reuse: str | None, priority: int | None) -> dict[str, Any]:
+    given = {"reuse": reuse, "priority": priority}
+    options = {name: value for name, value in given.items() if value is not None}
+    # Once, before the first row: else every row would get the same error.
+    from workers.submission import build_spec
+
+    build_spec("probe", options)
+    return options
+
+
+def _with_client(settings: Settings, work: Callable[[AsyncJobClient], Awaitable[Any]]) -> Any:
+    import asyncio
+
+    from workers.aio_client import AsyncJobClient
+
+    async def within() -> Any:
+        async with AsyncJobClient(settings) as client:
+            return await work(client)
+
+    return asyncio.run(within())
+
+
+@contextlib.contextmanager
+def _worker(settings: Settings, *, start: bool) -> Iterator[None]:
+    # Whoever names a server runs workers there; this machine may not even have an engine.
+    if not start or settings.redis_url is not None:
+        yield
+        return
+    need_worker_package()
+    from workers import devices
+    from workers.cli.progress import waiting
+
+    with contextlib.ExitStack() as stack:
+        with waiting("starting a worker, since none runs") as told:
+            stack.enter_context(devices.ensure_worker(settings, on_event=told))
+        yield
+
+
+@contextlib.contextmanager
+def _progress(source: str) -> Iterator[Callable[[BatchProgress], None]]:
+    from workers.cli.progress import batch_progress
+
+    with batch_progress(source) as show:
+        yield show
+
+
+def _summary(progress: BatchProgress) -> dict[str, Any]:
+    return {
+        "batch_id": progress.batch_id,
+        "rows": progress.read,
+        "written": progress.written,
+        "kept": progress.kept,
+        "failed": progress.failed,
+        "provenance": dict(progress.provenance),
+        "cached": progress.cached,
+        "prompt_tokens": progress.prompt_tokens,
+        "completion_tokens": progress.completion_tokens,
+        "elapsed_s": round(progress.elapsed_s, 3),
+    }
+
+
+def _sentence(progress: BatchProgress) -> str:
+    rate = progress.written / max(progress.elapsed_s, 1e-9)
+    parts = [f"{progress.written} rows in {progress.elapsed_s:.1f} s ({rate:.1f} a second)"]
+    if progress.kept:
+        parts.append(f"{progress.kept} kept from before")
+    answered = sum(progress.provenance.values())
+    if answered:
+        parts.append(f"{progress.cached / answered:.0%} not generated anew")
+    if progress.completion_tokens:
+        parts.append(f"{progress.completion_tokens} tokens")
+    parts.append(f"{progress.failed} failed")
+    return ", ".join(parts)
+
+
+def _show(found: list[dict[str, Any]], *, as_json: bool, one: bool = False) -> None:
+    if as_json:
+        print_json(found[0] if one else found)
+        return
+    columns = ("batch", "status", "input", "rows", "done", "failed", "created")
+    table(
+        columns,
+        (
+            (
+                batch["id"],
+                batch["status"],
+                batch["input_file"],
+                batch["request_counts"]["total"],
+                batch["request_counts"]["completed"],
+                batch["request_counts"]["failed"],
+                batch["created_at"][:19].replace("T", " "),
+            )
+            for batch in found
+        ),
+    )

@@ -1,0 +1,193 @@
+"""Commands of those who run the service: ``up``, ``worker``, ``db``, ``config``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from schema.errors import ConfigurationError
+from workers.cli.shared import (
+    Json,
+    need_worker_package,
+    print_json,
+    say,
+    settings_with,
+    table,
+)
+
+db = typer.Typer(help="Look after the database.", no_args_is_help=True)
+config = typer.Typer(help="Look at the settings.", no_args_is_help=True)
+
+ModelPath = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Model folder or hub name. Default: the bundled model."),
+]
+VllmArgs = Annotated[
+    list[str] | None,
+    typer.Option("--vllm-arg", help="Argument of vLLM's, such as --vllm-arg=--enforce-eager."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands that stand at the root.
+
+    Args:
+        app: The root.
+    """
+    app.command()(up)
+    app.command()(worker)
+
+
+def up(
+    model: ModelPath = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="0,1:2,3 is two workers on two GPUs each. Default: the CPU.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers, on the CPU.")] = None,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="An engine argument of vLLM's: --engine-arg max_model_len=8192."),
+    ] = None,
+    vllm_arg: VllmArgs = None,
+) -> None:
+    """Run the stack and its workers until Ctrl-C; print "ready" when jobs are taken.
+
+    Examples:
+        promptmill up
+
+        promptmill up --model Qwen/Qwen3-0.6B --gpus 0:1
+
+        promptmill up --engine-arg max_model_len=8192 --engine-arg enforce_eager=true
+    """
+    need_worker_package()
+    settings = settings_with(model=model)
+    from workers import devices
+
+    code = devices.up(
+        settings,
+        gpus=gpus,
+        workers=workers,
+        engine_args=_engine_args(engine_arg, vllm_arg),
+        on_event=lambda text: print(text, flush=True),
+    )
+    raise typer.Exit(code)
+
+
+def worker(
+    model: ModelPath = None,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="An engine argument of vLLM's: --engine-arg max_model_len=8192."),
+    ] = None,
+    vllm_arg: VllmArgs = None,
+) -> None:
+    """Run one worker on the devices that CUDA_VISIBLE_DEVICES names, until it is told to stop.
+
+    SIGTERM lets it finish what runs (PROMPTMILL_DRAIN_S) and hands the rest back.
+    """
+    need_worker_package()
+    settings = settings_with(model=model)
+    from workers import endpoints, serving
+    from workers.devices import READY
+
+    # Before vLLM is imported, which reads the environment as it is then.
+    serving.prepare_environment()
+    served = serving.served_model(settings, engine_args=_engine_args(engine_arg, vllm_arg))
+    found = endpoints.find(settings)
+    try:
+        if found.database_url is None:
+            msg = "a worker needs the database; set PROMPTMILL_DATABASE_URL"
+            raise ConfigurationError(msg)
+        from workers.app import run_worker
+
+        code = run_worker(
+            settings, endpoints=found, model=served, on_ready=lambda: print(READY, flush=True)
+        )
+    finally:
+        found.close()
+    raise typer.Exit(code)
+
+
+def _engine_args(named: list[str] | None, plain: list[str] | None) -> list[str]:
+    words = []
+    for argument in named or ():
+        name, separator, value = argument.partition("=")
+        flag = "--" + name.strip().lstrip("-").replace("_", "-")
+        if not separator or value.lower() == "true":
+            words.append(flag)
+        elif value.lower() == "false":
+            words.append(f"--no-{flag[2:]}")
+        else:
+            words += [flag, value]
+    return words + list(plain or ())
+
+
+@db.command()
+def upgrade(as_json: Json = False) -> None:
+    """Bring the tables to this version's revision. The embedded database does so by itself."""
+    settings = settings_with()
+    from workers import endpoints
+    from workers.store import schema_upgrade
+
+    url = settings.database_url and settings.database_url.get_secret_value()
+    # A database of one's own needs no Redis to be upgraded.
+    found = None if url else endpoints.find(settings)
+    try:
+        address = url or (found.database_url if found else None)
+        if address is None:
+            msg = "there is no database to upgrade; set PROMPTMILL_DATABASE_URL"
+            raise ConfigurationError(msg)
+        before = schema_upgrade.current(address)
+        schema_upgrade.upgrade(address)
+        after = schema_upgrade.current(address)
+    finally:
+        if found is not None:
+            found.close()
+    if as_json:
+        print_json({"before": before, "after": after})
+    else:
+        say(f"at revision {after}" + ("" if before == after else f" (was {before or 'empty'})"))
+
+
+@config.command()
+def show(as_json: Json = False) -> None:
+    """Show every setting, its value, and where that comes from; secrets are masked."""
+    from workers.settings import ENV_PREFIX, Settings
+
+    settings = settings_with()
+    rows: list[dict[str, Any]] = []
+    for name, field in Settings.model_fields.items():
+        variable = f"{ENV_PREFIX}{name.upper()}"
+        value = getattr(settings, name)
+        rows.append(
+            {
+                "name": name,
+                "value": _masked(value),
+                "origin": variable if os.environ.get(variable) else "default",
+                "variable": variable,
+                "description": field.description,
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    columns = ("setting", "value", "origin")
+    table(columns, ((row["variable"], row["value"], row["origin"]) for row in rows))
+    if sys.stdout.isatty():
+        say("--json also gives what each is for")
+
+
+def _masked(value: Any) -> Any:
+    secret = getattr(value, "get_secret_value", None)
+    if secret is None:
+        return value if isinstance(value, (int, float, str, type(None))) else str(value)
+    # The place helps to find a mistake; user and password do not belong on a screen.
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(secret())
+    place = parts.netloc.rpartition("@")[2]
+    who = "***@" if "@" in parts.netloc else ""
+    return f"{parts.scheme}://{who}{place}{parts.path}"
