@@ -14,8 +14,12 @@ def command_tree() -> Any:
     return typer.main.get_command(import_module("workers.cli").app)
 
 
-def check_command(words: Sequence[str]) -> None:
+def check_command(words: Sequence[str], *, mention: bool = False) -> None:
     """Parse the words after ``promptmill`` as the command would.
+
+    Args:
+        words: The words.
+        mention: Whether the command is only named, so that arguments may be left out.
 
     Raises:
         ClickException: It would be refused: an unknown command or option, a value that is no
@@ -24,7 +28,12 @@ def check_command(words: Sequence[str]) -> None:
     command, rest, parent = command_tree(), list(words), None
     name = "promptmill"
     while True:
-        context = command.make_context(name, rest, parent=parent)
+        try:
+            context = command.make_context(name, rest, parent=parent)
+        except Exception as exc:
+            if mention and type(exc).__name__ == "MissingParameter":
+                return
+            raise
         if not hasattr(command, "resolve_command"):
             return
         # A group keeps what follows its own options.

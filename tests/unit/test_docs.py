@@ -102,7 +102,7 @@ def test_make_targets_exist(page: Path):
 def test_commands_are_understood(page: Path):
     for line in command_lines(page):
         if line.startswith("promptmill "):
-            check_command(shlex.split(line)[1:])
+            check_command(shlex.split(line)[1:], mention=line in inline(page))
 
 
 @pages
