@@ -26,11 +26,32 @@ if TYPE_CHECKING:
 
 #: What a worker prints once it takes jobs.
 READY = "promptmill worker ready"
+#: Variable that tells a worker to end with the process that started it.
+SUPERVISED = "PROMPTMILL_SUPERVISED"
 _LAST_WORDS = 40  # lines of a dead worker that are shown
 _QUICK_DEATH_S = 60.0  # a worker that lived shorter failed at its start
 _MOST_QUICK_DEATHS = 3
 _BACKOFF_S = (0.0, 1.0, 5.0)
 _STOP_GRACE_S = 15.0  # beyond the drain, for the engine to end
+
+
+def end_with_starter(*, drain_s: float) -> None:
+    """Make this worker drain and end when the process that started it is gone, however it went.
+
+    Args:
+        drain_s: Seconds it may take; then it is killed, with all that it started.
+    """
+    if os.environ.pop(SUPERVISED, None) is None:
+        return
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(drain_s + _STOP_GRACE_S)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="promptmill-starter", daemon=True).start()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +193,11 @@ class WorkerProcess:
     def _run_once(self) -> int:
         self.process = subprocess.Popen(
             self.command,
-            env={**os.environ, **self.environment},
+            env={**os.environ, **self.environment, SUPERVISED: "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            # Never written to: its end tells the worker that whoever started it is gone.
+            stdin=subprocess.PIPE,
             text=True,
             errors="replace",
             # A session of its own: Ctrl-C reaches it through us, after which it drains.

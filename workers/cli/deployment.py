@@ -91,8 +91,9 @@ def worker(
     need_worker_package()
     settings = settings_with(model=model)
     from workers import endpoints, serving
-    from workers.devices import READY
+    from workers.devices import READY, end_with_starter
 
+    end_with_starter(drain_s=settings.drain_s)
     # Before vLLM is imported, which reads the environment as it is then.
     serving.prepare_environment()
     served = serving.served_model(settings, engine_args=_engine_args(engine_arg, vllm_arg))
