@@ -74,12 +74,8 @@ class Jobs(RuleBasedStateMachine):
         self.model: dict[UUID, Model] = {}
 
     @initialize(target=jobs)
-    def submit_two(self) -> Any:
-        return multiple(self._submit(), self._submit())
-
-    @rule(target=jobs)
-    def submit(self) -> UUID:
-        return self._submit()
+    def submit(self) -> Any:
+        return multiple(*(self._submit() for _ in range(3)))
 
     def _submit(self) -> UUID:
         new = spec("p", deadline=datetime.now(UTC) + timedelta(hours=1))
@@ -125,6 +121,17 @@ class Jobs(RuleBasedStateMachine):
         } == ended
         return multiple(*claim.jobs)
 
+    @rule(target=runs, job=runs)
+    def overtake(self, job: ClaimedJob) -> Any:
+        """The rarest and most dangerous turn, made likely: a stale run beside a new one."""
+        self.lease_ends(job.id)
+        new = self.claim([job.id])
+        self.renew(job)
+        self.retry_later(job, due=True)
+        self.give_back(job, crashed=True)
+        self.finish(job, fails=False)
+        return new
+
     def _holds(self, job: ClaimedJob) -> bool:
         model = self.model[job.id]
         return model.running and model.token == job.token
@@ -148,6 +155,12 @@ class Jobs(RuleBasedStateMachine):
         assert (job.id in finished.accepted) == (holds or before)
         if holds:
             model.end(state, words=words)
+
+    @rule(job_id=jobs, fails=st.booleans())
+    def run_to_the_end(self, job_id: UUID, *, fails: bool) -> None:
+        for job in self.claim([job_id]).values:
+            self.finish(job, fails=fails)
+            self.finish(job, fails=not fails)
 
     @rule(job=runs, due=st.booleans())
     def retry_later(self, job: ClaimedJob, *, due: bool) -> None:

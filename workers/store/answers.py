@@ -12,7 +12,7 @@ from schema.errors import InvalidRequestError
 from workers.store import stored_json
 from workers.store.answer_json import answer_from
 from workers.store.answer_writes import put_answers
-from workers.store.neighbours import nearest
+from workers.store.neighbours import Sizes, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -175,6 +175,7 @@ class PostgresAnswers:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._sizes = Sizes()
 
     async def get(self, namespace: str, fingerprint: bytes) -> StoredAnswer | None:
         """Return the live answer to a request, with its analysis.
@@ -251,6 +252,7 @@ class PostgresAnswers:
                 vector=vector,
                 limit=limit,
                 scope=scope,
+                sizes=self._sizes,
                 connection=connection,
             )
 

@@ -27,7 +27,7 @@ _SCHEMES = {"postgresql", "postgres", "postgresql+psycopg"}
 # not there from reading the whole graph.
 _SESSION = (
     "SET hnsw.iterative_scan = 'relaxed_order'",
-    "SET hnsw.ef_search = 80",
+    "SET hnsw.ef_search = 64",
     "SET hnsw.max_scan_tuples = 40000",
     "SET timezone = 'UTC'",
     # A plan kept from when a table was small reads all of it when it has grown, and one for any
