@@ -72,7 +72,8 @@ def run(
     lines are in OUT.partial. Where no server is configured, the embedded ones are used, and a
     worker is started unless one runs.
 
-    Examples:
+    For example:
+
         promptmill batch run questions.jsonl -o answers.jsonl
 
         promptmill batch run questions.jsonl.gz -o answers.jsonl.gz --resume
@@ -122,7 +123,8 @@ def submit(
 ) -> None:
     """Submit every row of IN and return at once; print the batch's id.
 
-    Example:
+    For example:
+
         ID=$(promptmill batch submit questions.jsonl)
 
         promptmill batch status $ID

@@ -45,7 +45,8 @@ def invalidate(
 ) -> None:
     """Forget stored answers, in the store and in every worker's memory.
 
-    Examples:
+    For example:
+
         promptmill cache invalidate --tag prices-2024
 
         promptmill cache invalidate --all --namespace staging

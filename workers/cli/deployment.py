@@ -55,7 +55,8 @@ def up(
 ) -> None:
     """Run the stack and its workers until Ctrl-C; print "ready" when jobs are taken.
 
-    Examples:
+    For example:
+
         promptmill up
 
         promptmill up --model Qwen/Qwen3-0.6B --gpus 0:1

@@ -34,7 +34,8 @@ def list_jobs(
 ) -> None:
     """List jobs, newest first.
 
-    Example:
+    For example:
+
         promptmill jobs list --state failed --json
     """
     from workers.client import JobClient
@@ -97,7 +98,8 @@ def retry(
 ) -> None:
     """Run jobs that are over once more, as if they had never run.
 
-    Examples:
+    For example:
+
         promptmill jobs retry 6f9619ff-8b86-4d01-b42d-00cf4fc964ff
 
         promptmill jobs retry --batch 0b0c5a1e-6f0e-4a0a-9df0-5e7c6a1c2b3d --state failed

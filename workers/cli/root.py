@@ -32,6 +32,7 @@ app = typer.Typer(
     help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 submit.register(app)
@@ -70,6 +71,16 @@ def version(as_json: Json = False) -> None:
     print(", ".join(f"{name} {number}" for name, number in found.items()))
 
 
+def _end_like_an_interrupt() -> None:
+    # What a command has started has to be ended with it. Interrupts are handled everywhere, and a
+    # plain SIGTERM would end this process alone; `up` and `worker` set handlers of their own.
+    import signal
+    import threading
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
 def main(words: list[str] | None = None) -> int:
     """Run the command.
 
@@ -80,6 +91,7 @@ def main(words: list[str] | None = None) -> int:
         The exit code. Errors are one line on standard error, unless ``--debug`` is given.
     """
     words = sys.argv[1:] if words is None else words
+    _end_like_an_interrupt()
     try:
         return app(words, standalone_mode=False, prog_name="promptmill") or 0
     except typer.Abort:

@@ -56,7 +56,8 @@ def submit(
 ) -> None:
     """Submit one prompt as a chat request; print the job's id, or wait for the answer.
 
-    Examples:
+    For example:
+
         promptmill submit "Why is the sky blue?" --wait
 
         promptmill submit "Why is the sky blue?" --stream --max-tokens 100
