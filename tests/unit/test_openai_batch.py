@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schema.jobs import JobError, JobResult, JobState
@@ -109,12 +109,14 @@ def error_text(item: BatchLine | BadLine) -> str:
     return item.message
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_any_bytes_are_read_or_refused(raw: bytes):
     for item in parse(raw):
         assert isinstance(item, (BatchLine, BadLine))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(min_value=0, max_value=60)))
 def test_lines_are_found_whatever_their_length(lengths: list[int]):
     raw = b"\n".join(b"x" * length for length in lengths)

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schema import names, wire
@@ -47,6 +47,7 @@ def test_full_jobs_come_back():
     assert wire.decode(sent(message)) == message
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1).filter(lambda text: text.strip() and "\x00" not in text))
 def test_any_text_survives(text: str):
     message = wire.JobMessage(namespace="acme", sent_at=0.0, jobs=(spec(f"> {text}"),))
@@ -105,6 +106,7 @@ def test_a_wrong_message_is_refused(wrong: object, says: str):
         wire.decode(wrong)
 
 
+@settings(deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda inner: (
     st.lists(inner) | st.dictionaries(
         st.sampled_from(["v", "namespace", "sent_at", "ids", "jobs"]) | st.text(), inner
