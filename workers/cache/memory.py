@@ -46,7 +46,7 @@ class MemoryCache:
         return len(self._answers)
 
     @property
-    def bytes(self) -> float:
+    def size_bytes(self) -> float:
         """Bytes in use, by estimate."""
         return self._answers.currsize
 
@@ -73,6 +73,16 @@ class MemoryCache:
             self._answers[key] = answer
         except ValueError:  # larger than the cache
             self._answers.pop(key, None)
+
+    def complete(self, answer: StoredAnswer) -> None:
+        """Put an answer in the place of its earlier self; one forgotten since stays forgotten.
+
+        Args:
+            answer: With more known of it than when it was put.
+        """
+        known = self._answers.get((answer.namespace, answer.fingerprint))
+        if known is not None and known.id == answer.id:
+            self.put(answer)
 
     def forget(
         self,

@@ -31,6 +31,10 @@ class Delivery(Protocol):
         """Return the look-up that may bring a better source, while it runs."""
         ...
 
+    def handed_out(self) -> None:
+        """An output has gone to the consumer; no other source can be taken any more."""
+        ...
+
     def arrived(self) -> None:
         """The final output is here; the wait for enrichment starts."""
         ...
@@ -81,15 +85,18 @@ class EnhancedRequestOutputCollector(RequestOutputCollector):
 
     @property
     def parent_collector(self) -> RequestOutputCollector | None:
-        """VLLM's own collector, when this request reads it directly."""
-        return self._source.parent if isinstance(self._source, NativeSource) else None
+        """VLLM's own collector: read directly, or by the flight; None when a stored answer is."""
+        if isinstance(self._source, NativeSource):
+            return self._source.parent
+        flight = self._source.flight if isinstance(self._source, Reader) else None
+        return flight.native if flight is not None else None
 
     def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
         """Take an output or error from outside, as the native collector does."""
-        if (parent := self.parent_collector) is not None:
-            parent.put(output)
-        elif isinstance(self._source, Reader):
+        if isinstance(self._source, Reader):
             self._source.inject(output)
+        elif (parent := self.parent_collector) is not None:
+            parent.put(output)
 
     def get_nowait(self) -> RequestOutput | PoolingRequestOutput | None:
         """Return the next output, or None when there is none yet.
@@ -168,7 +175,9 @@ class EnhancedRequestOutputCollector(RequestOutputCollector):
                     await news
 
     def _enhance(self, output: Output, *, final: bool) -> Output:
-        self._handed_out = True
+        if not self._handed_out:
+            self._handed_out = True
+            self._delivery.handed_out()
         metadata = self._delivery.metadata(final=final)
         if isinstance(output, RequestOutput):
             return EnhancedRequestOutput.of(output, metadata)

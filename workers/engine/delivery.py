@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import UUID
 
 from schema.jobs import Provenance
 from workers.engine.enrichment import EnrichmentRun, Findings
 from workers.engine.flight import Flight, Source
+from workers.engine.notes import Reused
 from workers.engine.protocols import StoredAnswer
 from workers.engine.scope import ReportEntry, RequestScope
 
+#: Under this name the analysis of an answer is stored among its enrichments.
+ANSWER_NLP = "answer_nlp"
 
-@dataclass
-class Reused:
-    """A stored answer that is served."""
-
-    answer: StoredAnswer
-    provenance: Provenance
-    tier: str  # memory or store
-    similarity: float = 1.0
+_NOTHING = Findings()
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class Won:
+    """A race that found an answer, with what is to be done once it is served."""
+
+    reused: Reused
+    source: Source
+    served: Callable[[], None]
+
+
+@dataclass(kw_only=True)
 class RequestDelivery:
     """State of one request; implements the collector's `Delivery`.
 
@@ -36,16 +40,16 @@ class RequestDelivery:
     request_id: str
     scope: RequestScope
     wait_s: float  # how long the final output waits for enrichment
-    disabled: dict[str, str]
+    disabled: Mapping[str, str]
+    internal_id: str = ""  # by which the request can be aborted
     not_reusable: str | None = None  # why neither read nor stored
     flight: Flight | None = None
     coalesced: bool = False  # joined somebody else's flight
     reused: Reused | None = None
-    enrichment: EnrichmentRun | None = None
-    owns_enrichment: bool = False  # nobody else reads it
-    race: asyncio.Task[tuple[Reused, Source] | None] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    enrichment: EnrichmentRun | None = None  # of this request alone
+    race: asyncio.Task[Won | None] | None = None
     errors: dict[str, str] = field(default_factory=dict)
+    on_arrival: Callable[[RequestDelivery], None] | None = None
     on_final: Callable[[RequestDelivery], None] | None = None
     started: float = field(default_factory=time.perf_counter)
     _arrived_at: float | None = None
@@ -59,40 +63,45 @@ class RequestDelivery:
         self.race = None
         if race.cancelled() or race.exception() is not None or (won := race.result()) is None:
             return None
-        self.reused, source = won
-        return source
+        self.reused = won.reused
+        won.served()
+        return won.source
 
     def racing(self) -> asyncio.Task[Any] | None:
         """Return the look-up for a neighbour's answer, while it runs."""
         return self.race
 
-    def arrived(self) -> None:
-        """Note the time of the last token; the race is lost."""
+    def handed_out(self) -> None:
+        """An output has gone to the consumer: the race is lost."""
         if self.race is not None:
             self.race.cancel()
             self.race = None
+
+    def arrived(self) -> None:
+        """Note the time of the last token; the race is lost."""
+        self.handed_out()
         if self._arrived_at is None:
             self._arrived_at = time.perf_counter()
+            if self.on_arrival is not None:
+                self.on_arrival(self)
 
     def settled(self) -> bool:
         """Whether enrichment has ended, or had its time."""
-        run = self._run()
+        run = self._awaited()
         if run is None or run.done:
             return True
         return time.perf_counter() - (self._arrived_at or 0.0) >= self.wait_s
 
     async def settle(self) -> None:
         """Wait for enrichment, `wait_s` at most from the last token on."""
-        if (run := self._run()) is not None and self._arrived_at is not None:
+        if (run := self._awaited()) is not None and self._arrived_at is not None:
             left_s = self.wait_s - (time.perf_counter() - self._arrived_at)
             await run.wait(max(left_s, 0.0))
 
     def left(self) -> None:
-        """Stop the race, and the enrichment if it ran for this request alone."""
-        if self.race is not None:
-            self.race.cancel()
-            self.race = None
-        if self.owns_enrichment and self.enrichment is not None and self._arrived_at is None:
+        """Stop the race, and the enrichment that ran for this request alone."""
+        self.handed_out()
+        if self.enrichment is not None:
             self.enrichment.cancel()
 
     def metadata(self, *, final: bool) -> dict[str, Any]:
@@ -101,18 +110,16 @@ class RequestDelivery:
         Args:
             final: Whether it is the last; then the scope's report is filled too.
         """
-        data: dict[str, Any] = {
-            "cached": self._source_of_reuse() is not None,
-            "provenance": str(self.provenance),
-        }
+        reused = self.source_of_reuse
+        data: dict[str, Any] = {"cached": reused is not None, "provenance": str(self.provenance)}
         if not final:
             return data
-        if self.on_final is not None and not self._reported:
+        first = not self._reported
+        self._reported = True
+        if first and self.on_final is not None:
             self.on_final(self)
         data |= self._details()
-        if not self._reported:
-            self._reported = True
-            reused = self._source_of_reuse()
+        if first:
             self.scope.report.entries.append(
                 ReportEntry(
                     request_id=self.request_id,
@@ -126,66 +133,73 @@ class RequestDelivery:
     @property
     def provenance(self) -> Provenance:
         """How the answer came about."""
-        if (reused := self._source_of_reuse()) is not None:
+        if (reused := self.source_of_reuse) is not None:
             return reused.provenance
         return Provenance.COALESCED if self.coalesced else Provenance.GENERATED
 
     @property
-    def answer(self) -> StoredAnswer | None:
-        """The answer given, with what is known of it by now; None when it may not be stored."""
-        if (reused := self._source_of_reuse()) is not None:
-            return reused.answer
-        if self.flight is None or self.flight.notes.get("answer") is None:
-            return None
-        answer: StoredAnswer = self.flight.notes["answer"]
-        return answer
-
-    def _source_of_reuse(self) -> Reused | None:
+    def source_of_reuse(self) -> Reused | None:
+        """The stored answer that is given, if one is."""
         if self.reused is not None:
             return self.reused
-        return self.flight.notes.get("reused") if self.flight is not None else None
+        return self.flight.notes.reused if self.flight is not None else None
 
-    def _run(self) -> EnrichmentRun | None:
-        if self._source_of_reuse() is not None:
-            return None
-        if self.flight is not None:
-            run: EnrichmentRun | None = self.flight.notes.get("enrichment")
-            return run
-        return self.enrichment
+    @property
+    def answer(self) -> StoredAnswer | None:
+        """The answer given, with what is known of it by now; None when it may not be stored."""
+        if (reused := self.source_of_reuse) is not None:
+            return reused.answer
+        return self.flight.notes.answer if self.flight is not None else None
+
+    def _of_the_flight(self) -> EnrichmentRun | None:
+        return self.flight.notes.enrichment if self.flight is not None else None
+
+    def _awaited(self) -> EnrichmentRun | None:
+        """Return the enrichment that the final output waits for."""
+        if self.enrichment is not None or self.source_of_reuse is not None:
+            return self.enrichment
+        return self._of_the_flight()
+
+    def _findings(self) -> Findings:
+        """Return what was found out about this request's prompt."""
+        run = self._of_the_flight() or self.enrichment
+        return run.findings if run is not None else _NOTHING
 
     def _details(self) -> dict[str, Any]:
-        reused, answer = self._source_of_reuse(), self.answer
-        run = self._run()
-        findings = run.findings if run is not None else Findings()
-        analysis = findings.analysis
-        similar, enrichments = findings.similar, dict(findings.enrichments)
+        reused, answer, findings = self.source_of_reuse, self.answer, self._findings()
+        own = self.enrichment.findings if self.enrichment is not None else findings
+        analysis, similar = findings.analysis, findings.similar
+        enrichments = dict(findings.enrichments)
+        spoken = own.answer_analysis.public() if own.answer_analysis is not None else None
         if reused is not None:
-            analysis, similar = reused.answer.analysis, reused.answer.similar
-            enrichments = dict(reused.answer.enrichments)
-        seconds = {**self.seconds, **findings.seconds}
-        seconds["total"] = time.perf_counter() - self.started
+            enrichments = {**reused.answer.enrichments, **enrichments}
+            spoken = spoken or enrichments.pop(ANSWER_NLP, None)
+            if reused.provenance == Provenance.EXACT:
+                analysis, similar = reused.answer.analysis, reused.answer.similar
+        seconds = {**findings.seconds, **own.seconds}
+        errors = {**self.errors, **findings.errors, **own.errors}
         if self.flight is not None:
-            seconds = {**self.flight.notes.get("seconds", {}), **seconds}
-        flight_errors = self.flight.notes.get("errors", {}) if self.flight is not None else {}
-        source_id: UUID | None = reused.answer.id if reused is not None else None
-        answer_id = answer.id if answer is not None else None
+            seconds = {**self.flight.notes.seconds, **seconds}
+            errors = {**self.flight.notes.errors, **errors}
+        seconds["total"] = time.perf_counter() - self.started
+        given_id = str(answer.id) if answer is not None else None
         return {
             "similarity": reused.similarity if reused is not None else None,
-            "source_answer_id": str(source_id) if source_id else None,
-            "answer_id": str(answer_id) if answer_id else None,
+            "source_answer_id": given_id if reused is not None else None,
+            "answer_id": given_id,
             "tier": reused.tier if reused is not None else None,
             "nlp_result": analysis.public() if analysis is not None else None,
+            "answer_nlp_result": spoken,
             "similar": [near.public() for near in similar or ()],
             "enrichments": enrichments,
             "processing_time": {stage: round(value, 6) for stage, value in seconds.items()},
-            "errors": {**flight_errors, **self.errors, **findings.errors},
-            "disabled": self.disabled,
-            "late": sorted(findings.running),
+            "errors": errors,
+            "disabled": dict(self.disabled),
+            "late": sorted(findings.running | own.running),
             "not_reusable": self._why_not(),
         }
 
     def _why_not(self) -> str | None:
         if self.not_reusable is not None or self.flight is None:
             return self.not_reusable
-        reason: str | None = self.flight.notes.get("not_storable")
-        return reason
+        return self.flight.notes.not_storable

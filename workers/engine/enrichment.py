@@ -7,6 +7,8 @@ the answer comes as vLLM gave it.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +54,7 @@ class Enrichers:
         embedder: Makes vectors, or None.
         store: Knows the neighbours, or None.
         plugins: Enrichers of other packages.
+        missing: Parts that could not be had, and why.
     """
 
     def __init__(
@@ -62,15 +65,21 @@ class Enrichers:
         embedder: Embedder | None = None,
         store: AnswerStore | None = None,
         plugins: Sequence[Enricher] = (),
+        missing: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.analyser = analyser if config.features.nlp else None
         self.embedder = embedder if config.features.similarity else None
         self.store = store
         self.plugins = tuple(plugins) if config.features.plugins else ()
-        names = ["nlp", "similarity", *(f"plugin:{plugin.name}" for plugin in self.plugins)]
+        names = [
+            "nlp",
+            "embedder",
+            "neighbours",
+            *(f"plugin:{plugin.name}" for plugin in self.plugins),
+        ]
         self.breakers = {name: Breaker(name) for name in names}
-        self.disabled = self._why_disabled()
+        self.disabled = {**self._why_disabled(), **(missing or {})}
 
     def _why_disabled(self) -> dict[str, str]:
         features, reasons = self.config.features, {}
@@ -119,64 +128,65 @@ class Enrichers:
             raise CallerError(msg)
         return await self._guarded("nlp", lambda: analyser.analyse(text), self.config.nlp.budget_s)
 
-    async def neighbours(
-        self, texts: Sequence[str], *, namespace: str, without: UUID | None = None
-    ) -> tuple[tuple[PartVector, ...], tuple[Neighbour, ...]]:
-        """Embed a prompt and its clauses, and name what lies near each.
+    async def embed(self, texts: Sequence[str], *, first: int = 0) -> tuple[PartVector, ...]:
+        """Embed the parts of a prompt within the configured budget.
 
         Args:
-            texts: The prompt, then its clauses.
-            namespace: Tenant.
-            without: An answer that is not its own neighbour.
+            texts: The prompt, or its clauses.
+            first: Number of the first part: 0 is the prompt, its clauses follow.
 
         Returns:
-            The vectors, and the neighbours without repeats, nearest first.
+            One vector a text.
 
         Raises:
-            Exception: What embedder or store raised, or that they are over their budget.
+            Exception: What the embedder raised, or that it is over its budget.
         """
-        embedder, store, config = self.embedder, self.store, self.config.similarity
-        if embedder is None or store is None:
-            msg = "no embedder or no store"
+        embedder = self.embedder
+        if embedder is None:
+            msg = "no embedder"
             raise CallerError(msg)
-
-        async def look() -> tuple[tuple[PartVector, ...], tuple[Neighbour, ...]]:
-            matrix = await embedder.embed(texts)
-            vectors = tuple(
-                PartVector(
-                    part=part,
-                    vector=vector,
-                    embedder=embedder.name,
-                    clause=texts[part] if part else None,
-                )
-                for part, vector in enumerate(matrix)
+        matrix = await self._guarded(
+            "embedder", lambda: embedder.embed(texts), self.config.similarity.budget_s
+        )
+        return tuple(
+            PartVector(
+                part=part,
+                vector=vector,
+                embedder=embedder.name,
+                clause=text if part else None,
             )
-            best: dict[UUID, Neighbour] = {}
-            for part in vectors if config.neighbours else ():
-                for near in await store.nearest(
-                    namespace=namespace,
-                    embedder=embedder.name,
-                    vector=part.vector,
-                    limit=config.neighbours,
-                ):
-                    known = best.get(near.answer_id)
-                    if near.answer_id != without and (
-                        known is None or near.similarity > known.similarity
-                    ):
-                        best[near.answer_id] = (
-                            Neighbour(
-                                answer_id=near.answer_id,
-                                prompt=near.prompt,
-                                similarity=near.similarity,
-                                clause=part.clause,
-                            )
-                            if part.clause
-                            else near
-                        )
-            ranked = sorted(best.values(), key=lambda item: -item.similarity)
-            return vectors, tuple(ranked[: max(config.neighbours, 1)])
+            for part, (text, vector) in enumerate(zip(texts, matrix, strict=True), first)
+        )
 
-        return await self._guarded("similarity", look, config.budget_s)
+    async def nearest(self, part: PartVector, *, namespace: str) -> Sequence[Neighbour]:
+        """Name what lies near one part of a prompt, within the configured budget.
+
+        Args:
+            part: The prompt or one of its clauses.
+            namespace: Tenant.
+
+        Returns:
+            Neighbours, nearest first; those of a clause name it.
+
+        Raises:
+            Exception: What the store raised, or that it is over its budget.
+        """
+        store, config = self.store, self.config.similarity
+        if store is None or config.neighbours == 0:
+            return ()
+        near = await self._guarded(
+            "neighbours",
+            lambda: store.nearest(
+                namespace=namespace,
+                embedder=part.embedder,
+                vector=part.vector,
+                limit=config.neighbours,
+            ),
+            config.budget_s,
+        )
+        if part.clause is None:
+            return near
+        return [dataclasses.replace(neighbour, clause=part.clause) for neighbour in near]
 
     async def plug_in(self, plugin: Enricher, text: str, *, namespace: str) -> Mapping[str, Any]:
         """Run one enricher of another package within the budget of an analysis.
@@ -200,26 +210,30 @@ class Enrichers:
 
 
 class EnrichmentRun:
-    """The enrichment of one prompt: a task with an owner.
+    """The enrichment of one request: tasks with an owner.
 
     Args:
         enrichers: What to run.
-        text: The prompt as people wrote it.
+        text: The prompt as people wrote it; None when only the answer is analysed.
         namespace: Tenant.
     """
 
-    def __init__(self, enrichers: Enrichers, text: str, *, namespace: str) -> None:
+    def __init__(self, enrichers: Enrichers, text: str | None, *, namespace: str) -> None:
         self.findings = Findings()
         self._enrichers = enrichers
-        self._text = text
+        self._text = text or ""
         self._namespace = namespace
-        self._analysed: asyncio.Future[Analysis | None] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._run(), name="promptmill-enrichment")
+        loop = asyncio.get_running_loop()
+        self._analysed: asyncio.Future[Analysis | None] = loop.create_future()
+        self._embedded: asyncio.Future[PartVector | None] = loop.create_future()
+        self._tasks: list[asyncio.Task[None]] = []
+        if text:
+            self._tasks.append(asyncio.create_task(self._run(), name="promptmill-enrichment"))
 
     @property
     def done(self) -> bool:
         """Whether all of it has ended."""
-        return self._task.done()
+        return all(task.done() for task in self._tasks)
 
     async def wait(self, timeout_s: float | None = None) -> None:
         """Return when it has ended or the time is over; never raises what a stage raised.
@@ -227,26 +241,47 @@ class EnrichmentRun:
         Args:
             timeout_s: Seconds; None waits to the end.
         """
-        await asyncio.wait({self._task}, timeout=timeout_s)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
+    async def prompt(self) -> tuple[Analysis | None, PartVector | None]:
+        """Wait for the prompt's analysis and vector; None for what failed or is off."""
+        return await asyncio.shield(self._analysed), await asyncio.shield(self._embedded)
+
+    def analyse_answer(self, text: str) -> None:
+        """Analyse the answer too; a stage like the others.
+
+        Args:
+            text: Of the first completion.
+        """
+        if text and self._enrichers.analyser is not None:
+            work = self._stage("answer_nlp", self._analyse_answer(text))
+            self._tasks.append(asyncio.create_task(work, name="promptmill-answer-analysis"))
 
     def cancel(self) -> None:
         """Stop it; what was found stays."""
-        self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
 
     async def _run(self) -> None:
         enrichers = self._enrichers
         stages = []
         if enrichers.analyser is not None:
             stages.append(self._stage("nlp", self._analyse()))
-        else:
-            self._analysed.set_result(None)
         if enrichers.embedder is not None and enrichers.store is not None:
             stages.append(self._stage("similarity", self._look_around()))
         stages.extend(
             self._stage(f"plugin:{plugin.name}", self._plug_in(plugin))
             for plugin in enrichers.plugins
         )
-        await asyncio.gather(*stages)
+        if enrichers.analyser is None:
+            _resolve(self._analysed, None)
+        try:
+            await asyncio.gather(*stages)
+        finally:
+            # Nobody may wait for what will not come any more.
+            _resolve(self._analysed, None)
+            _resolve(self._embedded, None)
 
     async def _stage(self, name: str, work: Awaitable[None]) -> None:
         findings, started = self.findings, time.perf_counter()
@@ -263,17 +298,47 @@ class EnrichmentRun:
         try:
             self.findings.analysis = await self._enrichers.analyse(self._text)
         finally:
-            if not self._analysed.done():
-                self._analysed.set_result(self.findings.analysis)
+            _resolve(self._analysed, self.findings.analysis)
+
+    async def _analyse_answer(self, text: str) -> None:
+        self.findings.answer_analysis = await self._enrichers.analyse(text)
 
     async def _look_around(self) -> None:
+        try:
+            (whole,) = await self._enrichers.embed([self._text])
+            self.findings.vectors = (whole,)
+            _resolve(self._embedded, whole)
+        finally:
+            _resolve(self._embedded, None)
+        found = await asyncio.gather(self._near([whole]), self._near_clauses())
+        best: dict[UUID, Neighbour] = {}
+        for near in itertools.chain(*found):
+            known = best.get(near.answer_id)
+            if known is None or near.similarity > known.similarity:
+                best[near.answer_id] = near
+        ranked = sorted(best.values(), key=lambda near: -near.similarity)
+        self.findings.similar = tuple(ranked[: self._enrichers.config.similarity.neighbours])
+
+    async def _near_clauses(self) -> list[Neighbour]:
         # The clauses come from the analysis; without it the prompt alone is looked up.
         analysis = await asyncio.shield(self._analysed)
-        texts = [self._text, *(analysis.clauses if analysis else ())]
-        self.findings.vectors, self.findings.similar = await self._enrichers.neighbours(
-            texts, namespace=self._namespace
+        if analysis is None or not analysis.clauses:
+            return []
+        parts = await self._enrichers.embed(analysis.clauses, first=1)
+        self.findings.vectors += parts
+        return await self._near(parts)
+
+    async def _near(self, parts: Sequence[PartVector]) -> list[Neighbour]:
+        found = await asyncio.gather(
+            *(self._enrichers.nearest(part, namespace=self._namespace) for part in parts)
         )
+        return list(itertools.chain(*found))
 
     async def _plug_in(self, plugin: Enricher) -> None:
         found = await self._enrichers.plug_in(plugin, self._text, namespace=self._namespace)
         self.findings.enrichments[plugin.name] = dict(found)
+
+
+def _resolve(future: asyncio.Future[_T], value: _T) -> None:
+    if not future.done():
+        future.set_result(value)

@@ -77,6 +77,24 @@ def canonical_params(params: SamplingParams | PoolingParams) -> dict[str, Any]:
     return fields
 
 
+def params_digest(params: SamplingParams | PoolingParams) -> bytes:
+    """Return the SHA-256 of `canonical_params`.
+
+    Args:
+        params: As the caller gave them.
+    """
+    return hashlib.sha256(_encoder.encode(canonical_params(params))).digest()
+
+
+def ids_digest(token_ids: Sequence[int]) -> str:
+    """Return the SHA-256 of a prompt's token ids, in hexadecimal.
+
+    Args:
+        token_ids: As the model sees them.
+    """
+    return hashlib.sha256(np.asarray(token_ids, dtype=np.int64).tobytes()).hexdigest()
+
+
 def prompt_parts(rendered: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what identifies a rendered prompt, or None when it has no exact identity.
 
@@ -85,11 +103,7 @@ def prompt_parts(rendered: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     if rendered.get("type") not in {"token", "multimodal"} or "encoder_prompt" in rendered:
         return None
-    parts: dict[str, Any] = {
-        "ids": hashlib.sha256(
-            np.asarray(rendered["prompt_token_ids"], dtype=np.int64).tobytes()
-        ).hexdigest()
-    }
+    parts: dict[str, Any] = {"ids": ids_digest(rendered["prompt_token_ids"])}
     if salt := rendered.get("cache_salt"):
         parts["salt"] = salt
     if rendered["type"] == "multimodal":
@@ -102,7 +116,7 @@ def fingerprint(
     namespace: str,
     engine: bytes,
     prompt: Mapping[str, Any],
-    params: Mapping[str, Any],
+    params: bytes,
     lora: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> bytes:
@@ -112,7 +126,7 @@ def fingerprint(
         namespace: Tenant.
         engine: Digest of the engine's identity.
         prompt: From `prompt_parts`.
-        params: From `canonical_params`.
+        params: From `params_digest`.
         lora: Digest of the adapter's content, from `lora_digest`.
         extra: Other arguments that can change the answer (those of a reasoning parser).
     """
@@ -120,25 +134,23 @@ def fingerprint(
         "namespace": namespace,
         "engine": engine.hex(),
         "prompt": prompt,
-        "params": params,
+        "params": params.hex(),
         "lora": lora,
         "extra": _plain(extra or {}),
     }
     return hashlib.sha256(_encoder.encode(canonical)).digest()
 
 
-def scope_digest(
-    *, engine: bytes, context: bytes, params: Mapping[str, Any], lora: str | None
-) -> bytes:
+def scope_digest(*, engine: bytes, context: bytes, params: bytes, lora: str | None) -> bytes:
     """Return what must be equal, beside the namespace, for an answer to be reused by meaning.
 
     Args:
         engine: Digest of the engine's identity.
         context: Digest of what surrounds the compared text: system prompt, earlier turns, tools.
-        params: From `canonical_params`.
+        params: From `params_digest`.
         lora: Digest of the adapter's content.
     """
-    canonical = {"engine": engine.hex(), "context": context.hex(), "params": params, "lora": lora}
+    canonical = [engine.hex(), context.hex(), params.hex(), lora]
     return hashlib.sha256(_encoder.encode(canonical)).digest()
 
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 from vllm.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from workers.engine.notes import FlightNotes
 from workers.engine.transcript import Cursor, Transcript
 
-Output = RequestOutput | PoolingRequestOutput
+Output: TypeAlias = RequestOutput | PoolingRequestOutput
 
 
 class Source(Protocol):
@@ -221,7 +222,7 @@ class Flight:
         self.streams = streams
         self.native: RequestOutputCollector | None = None
         self.replayed = False  # the store had it
-        self.notes: dict[str, Any] = {}  # what the engine keeps beside it
+        self.notes = FlightNotes()
         self._look_up = look_up
         self._start = start
         self._abort = abort

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import msgspec
+from cachetools import LRUCache
 from vllm import PoolingParams, SamplingParams
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import RequestOutputKind
@@ -14,9 +18,9 @@ from vllm.v1.engine import EngineCoreRequest
 from schema.jobs import Reuse
 from workers.engine.config import Features
 from workers.engine.fingerprint import (
-    canonical_params,
     fingerprint,
     lora_digest,
+    params_digest,
     prompt_parts,
     scope_digest,
 )
@@ -28,8 +32,13 @@ if TYPE_CHECKING:
 #: Up to here a text is tokenized where it stands; beyond, on the renderer's threads, since a
 #: tokenizer takes about a millisecond for this many characters and the loop must not wait.
 _INLINE_CHARS = 4_000
+#: Characters of prompts whose rendered form is kept, and parameters whose digest is.
+_KEPT_CHARS = 2**20
+_KEPT_PARAMS = 1024
 
-Params = SamplingParams | PoolingParams
+Params: TypeAlias = SamplingParams | PoolingParams
+
+_quick = msgspec.msgpack.Encoder()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +49,11 @@ class RequestPlan:
     text: str | None = None  # the prompt's text, if it has one
     prompt_token_ids: tuple[int, ...] = ()
     key: bytes | None = None  # fingerprint; None when the request may not be reused
-    scope_digest: bytes | None = None
     not_reusable: str | None = None  # why there is no key
+    engine: bytes = b""  # what the digest of the scope is made of
+    context: bytes = b""
+    params_digest: bytes = b""
+    lora: str | None = None
 
     @property
     def params(self) -> Params:
@@ -53,6 +65,13 @@ class RequestPlan:
     def streams(self) -> bool:
         """Whether the caller reads the answer while it grows."""
         return self.params.output_kind != RequestOutputKind.FINAL_ONLY
+
+    @cached_property
+    def scope_digest(self) -> bytes:
+        """What must be equal, beside the namespace, for reuse by meaning."""
+        return scope_digest(
+            engine=self.engine, context=self.context, params=self.params_digest, lora=self.lora
+        )
 
 
 def why_not_reusable(params: Params, scope: RequestScope, features: Features) -> str | None:
@@ -79,88 +98,137 @@ def why_not_reusable(params: Params, scope: RequestScope, features: Features) ->
     return None
 
 
-async def render(llm: AsyncLLM, prompt: Any, kwargs: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return a prompt as vLLM's renderer makes it: token ids, and hashes of media.
+@dataclass(frozen=True, kw_only=True)
+class _Rendered:
+    """A text prompt as the renderer made it, kept for the next time."""
+
+    template: Mapping[str, Any]
+    ids: tuple[int, ...]
+    parts: Mapping[str, Any] | None
+
+    def fresh(self) -> dict[str, Any]:
+        """Return it as if it had been rendered now; vLLM may change what it is given."""
+        return {
+            **self.template,
+            "prompt_token_ids": list(self.ids),
+            "arrival_time": time.time(),
+        }
+
+
+class Planner:
+    """Plans requests.
+
+    Rendered texts and digests of parameters are kept, since they are most of what an answer from
+    memory costs.
 
     Args:
         llm: Whose renderer.
-        prompt: A string, token ids, or a prompt dictionary.
-        kwargs: For the tokenizer.
-
-    Raises:
-        VLLMValidationError: The prompt is empty, too long, or of a wrong form.
-    """
-    renderer = llm.renderer
-    parsed = parse_model_prompt(llm.model_config, prompt)
-    params = renderer.default_cmpl_tok_params.with_kwargs(**(kwargs or {}))
-    text = parsed.get("prompt") if isinstance(parsed, dict) else None
-    media = isinstance(parsed, dict) and "multi_modal_data" in parsed
-    if not media and len(text or "") <= _INLINE_CHARS:
-        (rendered,) = renderer.render_cmpl([parsed], params)
-    else:
-        (rendered,) = await renderer.render_cmpl_async([parsed], params)
-    result: Mapping[str, Any] = rendered
-    return result
-
-
-async def plan(
-    llm: AsyncLLM,
-    call: dict[str, Any],
-    *,
-    scope: RequestScope | None,
-    engine: bytes,
-    features: Features,
-) -> RequestPlan:
-    """Render and key a request.
-
-    Args:
-        llm: The engine.
-        call: Arguments of `add_request` by name.
-        scope: What the caller asked for; None where a scope is needed and there was none.
         engine: Digest of the engine's identity.
         features: What is switched on.
-
-    Raises:
-        VLLMValidationError: As vLLM raises it for a prompt that it cannot take.
     """
-    prompt, params = call["prompt"], call["params"]
-    if isinstance(prompt, (AsyncGenerator, EngineCoreRequest)):
-        kind = "streaming input" if isinstance(prompt, AsyncGenerator) else "a raw engine request"
-        return RequestPlan(call=call, not_reusable=f"{kind} is passed through")
-    if not (isinstance(prompt, dict) and "type" in prompt):
-        call = {**call, "prompt": await render(llm, prompt, call.get("tokenization_kwargs"))}
-        # Tokenized already: vLLM would warn of arguments it cannot use any more.
-        call.pop("tokenization_kwargs", None)
-    rendered: Mapping[str, Any] = call["prompt"]
-    text = call.get("prompt_text") or rendered.get("prompt")
-    ids = tuple(rendered.get("prompt_token_ids") or ())
-    if scope is None:
-        return RequestPlan(call=call, text=text, not_reusable="no request scope")
-    parts = prompt_parts(rendered)
-    reason = why_not_reusable(params, scope, features)
-    if parts is None:
-        reason = reason or f"a prompt of type {rendered.get('type')!r} has no exact identity"
-    if reason is not None or parts is None:
-        return RequestPlan(call=call, text=text, prompt_token_ids=ids, not_reusable=reason)
-    canonical, lora = canonical_params(params), lora_digest(call.get("lora_request"))
-    extra = {
-        name: call[name]
-        for name in ("reasoning_ended", "reasoning_parser_kwargs")
-        if call.get(name) is not None
-    }
-    return RequestPlan(
-        call=call,
-        text=text,
-        prompt_token_ids=ids,
-        key=fingerprint(
-            namespace=scope.namespace,
-            engine=engine,
-            prompt=parts,
-            params=canonical,
+
+    def __init__(self, llm: AsyncLLM, *, engine: bytes, features: Features) -> None:
+        self._llm = llm
+        self._engine = engine
+        self._features = features
+        self._texts: LRUCache[str, _Rendered] = LRUCache(
+            _KEPT_CHARS, getsizeof=lambda rendered: max(64, 4 * len(rendered.ids))
+        )
+        self._params: LRUCache[tuple[type[Any], bytes], bytes] = LRUCache(_KEPT_PARAMS)
+
+    async def plan(self, call: dict[str, Any], *, scope: RequestScope | None) -> RequestPlan:
+        """Render and key a request.
+
+        Args:
+            call: Arguments of `add_request` by name.
+            scope: What the caller asked for; None where a scope is needed and there was none.
+
+        Raises:
+            VLLMValidationError: As vLLM raises it for a prompt that it cannot take.
+        """
+        prompt, params = call["prompt"], call["params"]
+        if isinstance(prompt, (AsyncGenerator, EngineCoreRequest)):
+            kind = (
+                "streaming input" if isinstance(prompt, AsyncGenerator) else "a raw engine request"
+            )
+            return RequestPlan(call=call, not_reusable=f"{kind} is passed through")
+        parts: Mapping[str, Any] | None
+        if isinstance(prompt, dict) and "type" in prompt:
+            rendered: Mapping[str, Any] = prompt
+            ids = tuple(rendered.get("prompt_token_ids") or ())
+            parts = prompt_parts(rendered)
+        else:
+            rendered, ids, parts = await self._render(prompt, call.get("tokenization_kwargs"))
+            call = {**call, "prompt": rendered}
+            # Tokenized already: vLLM would warn of arguments it cannot use any more.
+            call.pop("tokenization_kwargs", None)
+        text = call.get("prompt_text") or rendered.get("prompt")
+        reason = (
+            "no request scope" if scope is None else why_not_reusable(params, scope, self._features)
+        )
+        if parts is None:
+            reason = reason or f"a prompt of type {rendered.get('type')!r} has no exact identity"
+        if reason is not None or parts is None or scope is None:
+            return RequestPlan(call=call, text=text, prompt_token_ids=ids, not_reusable=reason)
+        digest, lora = self._digest(params), lora_digest(call.get("lora_request"))
+        extra = {
+            name: call[name]
+            for name in ("reasoning_ended", "reasoning_parser_kwargs")
+            if call.get(name) is not None
+        }
+        return RequestPlan(
+            call=call,
+            text=text,
+            prompt_token_ids=ids,
+            key=fingerprint(
+                namespace=scope.namespace,
+                engine=self._engine,
+                prompt=parts,
+                params=digest,
+                lora=lora,
+                extra=extra,
+            ),
+            engine=self._engine,
+            context=scope.context,
+            params_digest=digest,
             lora=lora,
-            extra=extra,
-        ),
-        scope_digest=scope_digest(
-            engine=engine, context=scope.context, params=canonical, lora=lora
-        ),
-    )
+        )
+
+    async def _render(
+        self, prompt: Any, kwargs: Mapping[str, Any] | None
+    ) -> tuple[dict[str, Any], tuple[int, ...], Mapping[str, Any] | None]:
+        """Return a prompt as vLLM's renderer makes it, its token ids, and what identifies it."""
+        keep = isinstance(prompt, str) and not kwargs and len(prompt) <= _INLINE_CHARS
+        if keep and (known := self._texts.get(prompt)) is not None:
+            return known.fresh(), known.ids, known.parts
+        rendered = await self._rendered_by_vllm(prompt, kwargs)
+        ids, parts = tuple(rendered.get("prompt_token_ids") or ()), prompt_parts(rendered)
+        if keep and rendered.get("type") == "token":
+            self._texts[prompt] = _Rendered(template=dict(rendered), ids=ids, parts=parts)
+        return rendered, ids, parts
+
+    async def _rendered_by_vllm(
+        self, prompt: Any, kwargs: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        renderer = self._llm.renderer
+        parsed = parse_model_prompt(self._llm.model_config, prompt)
+        params = renderer.default_cmpl_tok_params.with_kwargs(**(kwargs or {}))
+        text = parsed.get("prompt") if isinstance(parsed, dict) else None
+        media = isinstance(parsed, dict) and "multi_modal_data" in parsed
+        if not media and len(text or "") <= _INLINE_CHARS:
+            (rendered,) = renderer.render_cmpl([parsed], params)
+        else:
+            (rendered,) = await renderer.render_cmpl_async([parsed], params)
+        result: dict[str, Any] = rendered
+        return result
+
+    def _digest(self, params: Params) -> bytes:
+        try:
+            # The encoded fields decide the digest, and encoding is a tenth of its cost.
+            name = (type(params), _quick.encode(params))
+        except (TypeError, NotImplementedError):  # it holds what msgspec cannot write
+            return params_digest(params)
+        digest = self._params.get(name)
+        if digest is None:
+            digest = self._params[name] = params_digest(params)
+        return digest

@@ -269,6 +269,57 @@ class AnswerStore(Protocol):
         ...
 
 
+class Considered(Protocol):
+    """One neighbour that might have been served, and what was decided."""
+
+    @property
+    def answer_id(self) -> UUID:
+        """The stored answer."""
+        ...
+
+    @property
+    def similarity(self) -> float:
+        """Cosine of the two prompts."""
+        ...
+
+    @property
+    def served(self) -> bool:
+        """Whether it may be given."""
+        ...
+
+    @property
+    def rule(self) -> str | None:
+        """Why not."""
+        ...
+
+
+@runtime_checkable
+class Reuser(Protocol):
+    """Decides which stored answer may be given to a prompt that means the same."""
+
+    async def find_reusable(
+        self,
+        text: str,
+        *,
+        namespace: str,
+        scope: bytes,
+        threshold: float | None = None,
+        analysis: Analysis | None = None,
+        vector: Vector | None = None,
+    ) -> tuple[StoredAnswer | None, Sequence[Considered]]:
+        """Return the answer of the nearest neighbour that may be given, and all looked at.
+
+        Args:
+            text: The prompt.
+            namespace: Tenant.
+            scope: What must be equal: engine, system prompt, earlier turns.
+            threshold: Cosine from which a neighbour is considered; None takes the configured one.
+            analysis: The prompt's analysis, if it has been made already.
+            vector: The prompt's unit vector, shape [dimensions], if it has been made already.
+        """
+        ...
+
+
 @runtime_checkable
 class Enricher(Protocol):
     """A plug-in of the entry-point group ``promptmill.enrichers``."""

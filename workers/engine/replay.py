@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from vllm.logprobs import FlatLogprobs, Logprob
 from vllm.outputs import CompletionOutput, PoolingOutput, PoolingRequestOutput, RequestOutput
 
+from workers.engine.flight import Stream
 from workers.engine.protocols import StoredAnswer, StoredCompletion
 from workers.engine.transcript import Transcript
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Ends after which an answer is whole and may be given again.
 WHOLE = frozenset({"stop", "length"})
+#: What vLLM calls the weights that an engine was started with.
+_FIRST_WEIGHTS = "default"
 
 
 class NotStorableError(Exception):
@@ -82,6 +86,10 @@ def pack(transcript: Transcript) -> tuple[tuple[StoredCompletion, ...], tuple[An
         if last.routed_experts is not None or choice.sampling_mask is not None:
             msg = "routed experts or sampling masks"
             raise NotStorableError(msg)
+        if any(span.version != _FIRST_WEIGHTS for span in last.weight_versions or ()):
+            # The engine's identity knows the weights it was started with, and no others.
+            msg = "weights that were changed while the engine ran"
+            raise NotStorableError(msg)
         completions.append(
             StoredCompletion(
                 index=index,
@@ -136,6 +144,57 @@ def replay(
         )
     )
     return transcript
+
+
+def stream_of(
+    answer: StoredAnswer,
+    *,
+    request_id: str,
+    prompt: str | None,
+    prompt_token_ids: Sequence[int],
+    lora_request: LoRARequest | None,
+) -> Stream:
+    """Return a finished stream that replays an answer.
+
+    Args:
+        answer: Stored earlier.
+        request_id: Of the request that is answered now.
+        prompt: Its text.
+        prompt_token_ids: Its token ids.
+        lora_request: Its adapter.
+    """
+    stream = Stream()
+    if answer.kind == "pooling":
+        stream.pooled = replay_pooled(
+            answer, request_id=request_id, prompt_token_ids=prompt_token_ids
+        )
+    else:
+        stream.transcript = replay(
+            answer, prompt=prompt, prompt_token_ids=prompt_token_ids, lora_request=lora_request
+        )
+    return stream
+
+
+def with_outputs(answer: StoredAnswer, stream: Stream) -> StoredAnswer:
+    """Return an answer with what was generated added.
+
+    Args:
+        answer: Without outputs.
+        stream: Finished.
+
+    Raises:
+        NotStorableError: Replaying it would leave out something that the native output held.
+    """
+    if stream.pooled is not None:
+        pooled, dtype = pack_pooled(stream.pooled)
+        return dataclasses.replace(answer, kind="pooling", pooled=pooled, pooled_dtype=dtype)
+    completions, prompt_logprobs = pack(stream.transcript)
+    return dataclasses.replace(
+        answer,
+        completions=completions,
+        prompt_logprobs=prompt_logprobs,
+        completion_tokens=sum(len(completion.token_ids) for completion in completions),
+    )
 
 
 def pack_pooled(output: PoolingRequestOutput) -> tuple[Any, str]:

@@ -10,6 +10,7 @@ from typing import Any
 from schema.jobs import Provenance
 from workers.cache.memory import MemoryCache
 from workers.engine.breaker import Breaker
+from workers.engine.protocols import Decision
 
 
 @dataclass
@@ -20,6 +21,7 @@ class EngineStats:
     generated: int = 0
     coalesced: int = 0
     hits: Counter[tuple[str, Provenance]] = field(default_factory=Counter)
+    decisions: Counter[str] = field(default_factory=Counter)  # served, or the rule that refused
 
     def hit(self, tier: str, kind: Provenance) -> None:
         """Count a stored answer that was served.
@@ -30,14 +32,28 @@ class EngineStats:
         """
         self.hits[tier, kind] += 1
 
+    def decided(self, decision: Decision) -> None:
+        """Count a decision for or against a neighbour's answer.
+
+        Args:
+            decision: Made.
+        """
+        self.decisions["served" if decision.served else decision.rule or "refused"] += 1
+
     def snapshot(
-        self, *, memory: MemoryCache, flights: int, breakers: Sequence[Breaker]
+        self,
+        *,
+        memory: MemoryCache,
+        flights: int,
+        side_tasks: int,
+        breakers: Sequence[Breaker],
     ) -> dict[str, Any]:
         """Return everything as JSON types.
 
         Args:
             memory: The memory tier.
             flights: Generations under way that others can join.
+            side_tasks: Tasks that run beside requests.
             breakers: Of the parts.
         """
         served = self.hits.total() + self.coalesced
@@ -47,8 +63,10 @@ class EngineStats:
             "coalesced": self.coalesced,
             "hits": {f"{kind}/{tier}": count for (tier, kind), count in self.hits.items()},
             "hit_rate": served / self.requests if self.requests else 0.0,
+            "decisions": dict(self.decisions),
             "flights": flights,
-            "memory": {"entries": len(memory), "bytes": int(memory.bytes)},
+            "side_tasks": side_tasks,
+            "memory": {"entries": len(memory), "bytes": int(memory.size_bytes)},
             "failures": {breaker.name: breaker.failed for breaker in breakers},
             "left_alone": {breaker.name: breaker.skipped for breaker in breakers},
         }

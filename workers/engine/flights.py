@@ -1,0 +1,302 @@
+"""`Flights`: the generations under way, how one starts, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import uuid4
+
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from schema.jobs import Provenance
+from workers.cache.memory import MemoryCache
+from workers.engine.breaker import Breaker
+from workers.engine.config import HandlerConfig
+from workers.engine.delivery import ANSWER_NLP, RequestDelivery
+from workers.engine.enrichment import Enrichers, EnrichmentRun
+from workers.engine.flight import Flight, Reader, Stream
+from workers.engine.notes import FlightNotes, Reused
+from workers.engine.plan import RequestPlan
+from workers.engine.protocols import AnswerStore, StoredAnswer
+from workers.engine.replay import NotStorableError, stream_of, with_outputs
+from workers.engine.scope import RequestScope
+from workers.engine.side_tasks import SideTasks
+from workers.engine.stats import EngineStats
+
+#: Seconds the store may take to look up one answer before generation starts without it.
+_LOOK_UP_BUDGET_S = 1.0
+#: Seconds the store may take to write one answer.
+_STORE_BUDGET_S = 10.0
+
+
+class Flights:
+    """Starts generations, lets requests join them, and keeps what they answer.
+
+    Args:
+        config: What is switched on, and how long answers live.
+        enrichers: What runs beside a generation.
+        memory: The first tier.
+        store: The tier behind it, or None.
+        breaker: Of the store.
+        stats: Counts.
+        tasks: Owner of what runs after a generation.
+        engine: Digest of the engine's identity.
+        model: Name under which the model is served.
+        add: `AsyncLLM.add_request`.
+        abort: `AsyncLLM.abort`.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: HandlerConfig,
+        enrichers: Enrichers,
+        memory: MemoryCache,
+        store: AnswerStore | None,
+        breaker: Breaker,
+        stats: EngineStats,
+        tasks: SideTasks,
+        engine: bytes,
+        model: str,
+        add: Callable[..., Awaitable[RequestOutputCollector]],
+        abort: Callable[..., Awaitable[None]],
+    ) -> None:
+        self._config = config
+        self._enrichers = enrichers
+        self._memory = memory
+        self._store = store
+        self._breaker = breaker
+        self._stats = stats
+        self._tasks = tasks
+        self._engine = engine
+        self._model = model
+        self._add = add
+        self._abort = abort
+        self._by_name: dict[tuple[str, bytes, bool], Flight] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def board(self, planned: RequestPlan, delivery: RequestDelivery) -> Reader:
+        """Join a flight that is under way, or start one.
+
+        Args:
+            planned: The request; one with a key.
+            delivery: Its delivery; told which flight it is.
+        """
+        scope = delivery.scope
+        flight = self._joinable(planned, scope)
+        if flight is None:
+            flight = self._take_off(planned, scope)
+        else:
+            delivery.coalesced = True
+            self._stats.coalesced += 1
+        delivery.flight = flight
+        flight.notes.engine_stores |= not scope.deferred
+        flight.notes.analyse_answer |= scope.analyse_answer
+        reader = flight.join(delivery.request_id, planned.params.output_kind)
+        reader.flight = flight
+        return reader
+
+    def final_is_handed_out(self, delivery: RequestDelivery) -> None:
+        """Complete the answer with what was found by now; what comes later reaches the store.
+
+        Args:
+            delivery: Of the final output.
+        """
+        notes = delivery.flight.notes if delivery.flight is not None else None
+        if notes is None or notes.answer is None:
+            return
+        self._memory.complete(_complete(notes))
+        if notes.enrichment is not None and not notes.enrichment.done:
+            notes.late = True
+
+    async def aclose(self) -> None:
+        """End every flight; those who read are told that the engine is gone."""
+        for flight in list(self._by_name.values()):
+            flight.cancel()
+            await flight.ended()
+
+    def _joinable(self, planned: RequestPlan, scope: RequestScope) -> Flight | None:
+        if not self._config.features.coalesce:
+            return None
+        # A reader that streams needs deltas; one that does not can read any flight.
+        for streams in (True,) if planned.streams else (False, True):
+            name = (scope.namespace, planned.key or b"", streams)
+            if (flight := self._by_name.get(name)) is not None:
+                return flight
+        return None
+
+    def _take_off(self, planned: RequestPlan, scope: RequestScope) -> Flight:
+        params = planned.params.clone()
+        if isinstance(params, SamplingParams):
+            params.output_kind = (
+                RequestOutputKind.DELTA if planned.streams else RequestOutputKind.FINAL_ONLY
+            )
+        # An id of its own: aborting the leader's must not reach the others' generation.
+        flight_id = f"{planned.call['request_id']}~{uuid4().hex[:6]}"
+        call = {**planned.call, "request_id": flight_id, "params": params}
+        name = (scope.namespace, planned.key or b"", planned.streams)
+        started = time.perf_counter()
+
+        async def look_up(stream: Stream) -> bool:
+            try:
+                found = await self._look_up(stream, planned, scope, flight.notes)
+                if not found:
+                    flight.notes.enrichment = self.enrich(planned, scope)
+            finally:
+                flight.notes.looked_up.set()
+            return found
+
+        def gone(ended: Flight) -> None:
+            if self._by_name.get(name) is ended:
+                del self._by_name[name]
+            ended.notes.looked_up.set()
+            if ended.notes.enrichment is not None and ended.notes.answer is None:
+                ended.notes.enrichment.cancel()
+
+        flight = Flight(
+            look_up=look_up,
+            start=lambda: self._add(**call),
+            abort=lambda native_id: self._abort(native_id, internal=True),
+            landed=lambda ended: self._landed(ended, planned, scope, started),
+            gone=gone,
+            streams=planned.streams,
+        )
+        self._by_name[name] = flight
+        return flight
+
+    async def _look_up(
+        self, stream: Stream, planned: RequestPlan, scope: RequestScope, notes: FlightNotes
+    ) -> bool:
+        """Fill the stream from the store, if it has the answer."""
+        store = self._store
+        if store is None:
+            return False
+        started = time.perf_counter()
+        try:
+            answer = await self._breaker.call(
+                lambda: store.get(scope.namespace, planned.key or b""), budget_s=_LOOK_UP_BUDGET_S
+            )
+        except Exception as exc:  # noqa: BLE001  without the store, vLLM answers; it was counted
+            notes.errors["store"] = f"{type(exc).__name__}: {exc}"
+            return False
+        notes.seconds["look_up"] = time.perf_counter() - started
+        if answer is None:
+            return False
+        self._memory.put(answer)
+        self._stats.hit("store", Provenance.EXACT)
+        notes.reused = Reused(answer=answer, provenance=Provenance.EXACT, tier="store")
+        filled = replayed(answer, planned)
+        stream.transcript, stream.pooled = filled.transcript, filled.pooled
+        return True
+
+    def enrich(self, planned: RequestPlan, scope: RequestScope) -> EnrichmentRun | None:
+        """Start the enrichment of a request's prompt; None when there is nothing to do.
+
+        Args:
+            planned: The request.
+            scope: Its scope.
+        """
+        text = scope.text or planned.text
+        if not text or not self._enrichers.active:
+            return None
+        return EnrichmentRun(self._enrichers, text, namespace=scope.namespace)
+
+    def _landed(
+        self, flight: Flight, planned: RequestPlan, scope: RequestScope, started: float
+    ) -> None:
+        """Keep what was generated, before anybody is told that it is finished."""
+        if flight.replayed:
+            return
+        notes = flight.notes
+        notes.seconds["generate"] = engine_s = time.perf_counter() - started
+        self._stats.generated += 1
+        try:
+            answer = with_outputs(self._unanswered(planned, scope, engine_s), flight.stream)
+        except NotStorableError as exc:
+            notes.not_storable = f"not stored: {exc}"
+            return
+        notes.answer = answer
+        if notes.analyse_answer and answer.completions:
+            notes.enrichment = notes.enrichment or EnrichmentRun(
+                self._enrichers, None, namespace=scope.namespace
+            )
+            notes.enrichment.analyse_answer(answer.completions[0].text)
+        self._memory.put(answer)
+        self._tasks.spawn(self._keep(notes), name="promptmill-keep")
+
+    def _unanswered(
+        self, planned: RequestPlan, scope: RequestScope, engine_s: float
+    ) -> StoredAnswer:
+        ttl_s = scope.ttl_s or self._config.cache.ttl_s
+        now = time.time()
+        return StoredAnswer(
+            id=uuid4(),
+            namespace=scope.namespace,
+            fingerprint=planned.key or b"",
+            engine=self._engine,
+            model=self._model,
+            scope=planned.scope_digest,
+            prompt=scope.text or planned.text,
+            prompt_tokens=len(planned.prompt_token_ids),
+            engine_s=engine_s,
+            tags=scope.tags,
+            created_at=now,
+            expires_at=now + ttl_s if ttl_s else None,
+        )
+
+    async def _keep(self, notes: FlightNotes) -> None:
+        """Complete the answer once enrichment has ended, and store it unless somebody else does."""
+        if notes.enrichment is not None:
+            await notes.enrichment.wait()
+            self._memory.complete(_complete(notes))
+        store, answer = self._store, notes.answer
+        if store is None or answer is None or not (notes.engine_stores or notes.late):
+            return
+        try:
+            await self._breaker.call(lambda: store.put(answer), budget_s=_STORE_BUDGET_S)
+        except Exception as exc:  # noqa: BLE001  the answer was given; it was counted and logged
+            notes.errors["store"] = f"{type(exc).__name__}: {exc}"
+
+
+def replayed(answer: StoredAnswer, planned: RequestPlan) -> Stream:
+    """Return a finished stream that replays an answer for a request.
+
+    Args:
+        answer: Stored earlier.
+        planned: The request.
+    """
+    call: dict[str, Any] = planned.call
+    return stream_of(
+        answer,
+        request_id=call["request_id"],
+        prompt=planned.text,
+        prompt_token_ids=planned.prompt_token_ids,
+        lora_request=call.get("lora_request"),
+    )
+
+
+def _complete(notes: FlightNotes) -> StoredAnswer:
+    """Add what was found by now to the answer of a flight that has one."""
+    answer, run = notes.answer, notes.enrichment
+    if answer is None:
+        msg = "the flight has no answer"
+        raise AssertionError(msg)
+    if run is not None:
+        findings = run.findings
+        enrichments = dict(findings.enrichments)
+        if findings.answer_analysis is not None:
+            enrichments[ANSWER_NLP] = findings.answer_analysis.public()
+        answer = notes.answer = dataclasses.replace(
+            answer,
+            analysis=findings.analysis,
+            similar=findings.similar,
+            enrichments=enrichments,
+            vectors=findings.vectors,
+        )
+    return answer

@@ -1,0 +1,37 @@
+"""What the engine keeps of a generation beside its outputs."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from schema.jobs import Provenance
+from workers.engine.enrichment import EnrichmentRun
+from workers.engine.protocols import StoredAnswer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reused:
+    """A stored answer that is served."""
+
+    answer: StoredAnswer
+    provenance: Provenance
+    tier: str  # memory or store
+    similarity: float = 1.0  # cosine
+
+
+@dataclass(kw_only=True)
+class FlightNotes:
+    """Of one flight; filled in as it goes."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # stage to time
+    errors: dict[str, str] = field(default_factory=dict)  # part to reason
+    #: Set once the store has been asked; the enrichment, if any, has been started by then.
+    looked_up: asyncio.Event = field(default_factory=asyncio.Event)
+    enrichment: EnrichmentRun | None = None
+    reused: Reused | None = None  # the store had it
+    answer: StoredAnswer | None = None  # what was generated, once it is whole
+    not_storable: str | None = None  # why there is no answer to keep
+    analyse_answer: bool = False  # one of its readers wants the answer analysed
+    engine_stores: bool = False  # one of its readers leaves storing to the engine
+    late: bool = False  # a final output went out before enrichment had ended
