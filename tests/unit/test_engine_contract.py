@@ -142,6 +142,7 @@ RELIED_ON: dict[Any, set[str]] = {
         "stop_reason",
         "text",
         "token_ids",
+        "weight_versions",
     },
     PoolingRequestOutput: {
         "error",

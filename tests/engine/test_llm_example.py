@@ -1,0 +1,148 @@
+"""The example that people start from, as written; and both ways to make an engine."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.core_client import EngineCoreClient
+
+from tests.engine.conftest import PLAIN, Equip, until
+from workers.bundled import bundled_model
+from workers.engine import EnhancedAsyncLLM, HandlerConfig, Parts
+from workers.engine.config import Features
+from workers.engine.identity import engine_digest
+from workers.enrich.nlp import SpacyAnalyser
+
+pytestmark = pytest.mark.engine
+
+
+async def test_the_example_as_written(equip: Equip, analyser: SpacyAnalyser) -> None:
+    config = HandlerConfig(enrichment_wait_s=30)
+    enhanced_llm = equip(config, analyser=analyser)
+    sampling_params = SamplingParams(temperature=0.0, max_tokens=24)
+    took = []
+    for _ in range(2):
+        started = time.perf_counter()
+        collector = await enhanced_llm.add_request(
+            request_id="test_request", prompt="What is AI?", params=sampling_params
+        )
+        async for output in collector.aiter():
+            print(output.text)
+            if output.finished:
+                print(output.metadata.get("cached", False), output.metadata.get("nlp_result"))
+        took.append(time.perf_counter() - started)
+        assert output.request_id == "test_request"
+        assert output.text
+        assert output.metadata["nlp_result"]["sentences"] == ["What is AI?"]
+        assert output.metadata["errors"] == {}
+        assert output.metadata["disabled"]["similarity"] == "no embedder"
+    print(f"answered again {took[0] / took[1]:.0f} times as fast")
+    assert output.metadata["cached"]
+    assert output.metadata["provenance"] == "exact"
+    assert output.metadata["tier"] == "memory"
+    assert output.metadata["processing_time"]["total"] > 0
+    assert took[1] < took[0]
+
+
+async def test_generate_enhanced_still_works(plain: EnhancedAsyncLLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=4)
+    for request_id, cached in (("mine", False), (None, True)):
+        outputs = [
+            out async for out in plain.generate_enhanced("An old caller", params, request_id)
+        ]
+        assert outputs[-1].finished
+        assert outputs[-1].metadata["cached"] == cached
+
+
+class NoCore:
+    """Stands where vLLM's engine core would be; construction alone is looked at."""
+
+    engine_ranks_managed = (0,)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """There is nothing to end."""
+
+
+@pytest.fixture
+def no_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(**kwargs: Any) -> NoCore:
+        return NoCore()
+
+    monkeypatch.setattr(EngineCoreClient, "make_async_mp_client", make)
+
+
+@pytest.mark.usefixtures("no_core")
+def test_every_way_of_construction_makes_the_same(llm: EnhancedAsyncLLM) -> None:
+    arguments = {
+        "model": str(bundled_model()),
+        "served_model_name": "smollm2-135m-instruct",
+        "max_model_len": 2048,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+    }
+    engine_args = AsyncEngineArgs(**arguments)
+    parts = Parts()
+    made = [
+        EnhancedAsyncLLM(**arguments, handler_config=PLAIN, parts=parts),
+        EnhancedAsyncLLM.from_engine_args(engine_args, handler_config=PLAIN, parts=parts),
+        EnhancedAsyncLLM.from_vllm_config(
+            engine_args.create_engine_config(),
+            disable_log_stats=True,
+            handler_config=PLAIN,
+            parts=parts,
+        ),
+    ]
+    for one in made:
+        assert type(one) is EnhancedAsyncLLM
+        assert one.handler_config is PLAIN
+        assert one.parts.analyser is None
+        assert not one.log_stats
+        assert one.identity == llm.identity
+        one.shutdown()
+        one.shutdown()
+
+
+@pytest.mark.usefixtures("no_core")
+async def test_with_no_arguments_of_ours_spacy_is_on(llm: EnhancedAsyncLLM) -> None:
+    made = EnhancedAsyncLLM.from_vllm_config(llm.vllm_config, disable_log_stats=True)
+    assert made.handler_config == HandlerConfig()
+    assert isinstance(made.parts.analyser, SpacyAnalyser)
+    assert made.enrichers.disabled == {
+        "similarity": "no embedder",
+        "stored_answers": "no answer store",
+    }
+    await made.aclose()
+
+
+def test_what_decides_the_answers_decides_the_identity(llm: EnhancedAsyncLLM) -> None:
+    folder = str(bundled_model())
+    digests = {llm.identity}
+    for changed in ({"max_model_len": 1024}, {"dtype": "float32"}, {"seed": 7}):
+        args = {"model": folder, "max_model_len": 2048, "enforce_eager": True, **changed}
+        digests.add(engine_digest(AsyncEngineArgs(**args).create_engine_config()))
+    assert len(digests) == 4
+
+
+async def test_closing_leaves_neither_task_nor_process(equip: Equip) -> None:
+    import asyncio
+
+    import psutil
+
+    before = asyncio.all_tasks()
+    children = set(psutil.Process().children(recursive=True))
+    analyser = SpacyAnalyser(HandlerConfig().nlp)
+    enhanced = equip(HandlerConfig(features=Features(similarity=False)))
+    enhanced.enrichers.analyser = analyser  # not shared, so closed with the engine
+    params = SamplingParams(temperature=0.0, max_tokens=200)
+    collector = await enhanced.add_request("left", "A long answer is left half-way", params)
+    await collector.get()
+    assert analyser.pid is None or psutil.pid_exists(analyser.pid)
+    await enhanced.aclose()
+    await enhanced.aclose()
+    await until(lambda: not {task for task in asyncio.all_tasks() - before if not task.done()})
+    await until(lambda: set(psutil.Process().children(recursive=True)) <= children)
+    await until(lambda: enhanced.get_num_unfinished_requests() == 0)
