@@ -11,13 +11,14 @@ PromptmillError
 ├── QueueFullError                 the queue is at its bound; later is better
 ├── ResultTimeoutError             the result did not come in time; the job goes on
 └── ServiceError                   promptmill's fault: trying again can help
-├── DatabaseUnavailableError   Postgres cannot be reached
-├── BrokerUnavailableError     Redis cannot be reached
-├── StackError                 the embedded servers did not start or died
-├── LeaseLostError             another worker holds the job now
-├── EngineFailedError          vLLM failed on one request
-│   └── EngineGoneError        vLLM's engine is dead: the process must be replaced
-└── MessageFormatError         a queue message is not one of ours
+    ├── DatabaseUnavailableError   Postgres cannot be reached
+    ├── BrokerUnavailableError     Redis cannot be reached
+    ├── StackError                 the embedded servers did not start or died
+    ├── LeaseLostError             another worker holds the job now
+    ├── EngineFailedError          vLLM failed on one request
+    │   └── EngineGoneError        vLLM's engine is dead: the process must be replaced
+    ├── MessageFormatError         a queue message is not one of ours
+    └── EnrichmentError            an enhancement failed; see workers.enrich.errors
 """
 
 from __future__ import annotations

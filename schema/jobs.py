@@ -171,12 +171,16 @@ class Sampling(_Frozen):
         return self
 
 
+_DEFAULT_SAMPLING = Sampling()
+
+
 class PromptRequest(_Frozen):
     """A raw prompt with sampling parameters, as in vLLM's ``generate``."""
 
     kind: Literal["prompt"] = "prompt"
     prompt: str = Field(description="text as the model shall see it, without a chat template")
-    sampling: Sampling = Sampling()
+    # Shared: pydantic would copy a plain default for every request.
+    sampling: Sampling = Field(default_factory=lambda: _DEFAULT_SAMPLING)
 
     @field_validator("prompt")
     @classmethod
@@ -241,6 +245,9 @@ class JobOptions(_Frozen):
     max_attempts: int | None = Field(None, ge=1, le=100)
 
 
+_DEFAULT_OPTIONS = JobOptions()
+
+
 class JobSpec(_Frozen):
     """One job as a producer states it."""
 
@@ -250,7 +257,7 @@ class JobSpec(_Frozen):
     channel: Name = DEFAULT_CHANNEL
     priority: int = Field(DEFAULT_PRIORITY, ge=0, le=9, description="0 is served first")
     request: Annotated[PromptRequest | OpenAIRequest, Field(discriminator="kind")]
-    options: JobOptions = JobOptions()
+    options: JobOptions = Field(default_factory=lambda: _DEFAULT_OPTIONS)
     idempotency_key: str | None = Field(None, min_length=1, max_length=512)
     deadline: datetime | None = Field(None, description="not run after this moment (with a zone)")
     batch_id: UUID | None = None
