@@ -74,9 +74,10 @@ def read_lines(
     number = 0
     while raw := file.readline(max_bytes + 2):
         number += 1
-        if len(raw) > max_bytes + 1 and not raw.endswith(b"\n"):
+        if len(raw) == max_bytes + 2 and not raw.endswith(b"\n"):
             while (more := file.readline(1 << 20)) and not more.endswith(b"\n"):
                 pass
+        if len(raw.removesuffix(b"\n")) > max_bytes:
             yield number, None
             continue
         line = raw.removeprefix(_BOM) if number == 1 else raw
