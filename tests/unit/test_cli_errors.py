@@ -40,6 +40,8 @@ COMMANDS = (
     "jobs cancel",
     "jobs retry",
     "cache stats",
+    "cache decisions",
+    "cache label",
     "cache invalidate",
     "cache report-bad",
     "db upgrade",

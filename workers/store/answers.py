@@ -13,6 +13,7 @@ from workers.store import stored_json
 from workers.store.answer_json import answer_from
 from workers.store.answer_writes import put_answers
 from workers.store.neighbours import Sizes, nearest
+from workers.store.reuse_labels import ReuseLabels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -101,6 +102,14 @@ _TOMBSTONE = text(
 
 _FORGET_VECTORS = text("DELETE FROM embeddings WHERE answer_id = :id AND namespace = :namespace")
 
+# Whoever was given a bad answer in place of his own was wrongly given it.
+_LABEL_WRONG = text(
+    """
+    UPDATE reuse_decisions SET label = 'wrong'
+    WHERE namespace = :namespace AND answer_id = :id AND served AND NOT shadow AND label IS NULL
+    """
+)
+
 _USED_BY = text("SELECT id FROM jobs WHERE namespace = :namespace AND answer_id = :id ORDER BY id")
 
 _STATS = text(
@@ -162,7 +171,7 @@ class AnswerStats:
     refused_by_guard: int  # decisions against one
 
 
-class PostgresAnswers:
+class PostgresAnswers(ReuseLabels):
     """Answers in Postgres, an `AnswerStore` of the engine.
 
     Time to live runs by Postgres' clock. Of two answers to one request the first stays until it
@@ -174,7 +183,7 @@ class PostgresAnswers:
     """
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        super().__init__(database)
         self._sizes = Sizes()
 
     async def get(self, namespace: str, fingerprint: bytes) -> StoredAnswer | None:
@@ -343,6 +352,8 @@ class PostgresAnswers:
     ) -> tuple[UUID, ...] | None:
         """Mark an answer as bad: it is never served again.
 
+        Decisions that served it are labelled as wrong, unless somebody labelled them before.
+
         Args:
             namespace: Tenant.
             answer_id: The answer.
@@ -360,6 +371,7 @@ class PostgresAnswers:
                 _TOMBSTONE, {**values, "reason": stored_json.clean(reason)}
             )
             await connection.execute(_FORGET_VECTORS, values)
+            await connection.execute(_LABEL_WRONG, values)
             used_by = tuple((await connection.scalars(_USED_BY, values)).all())
         return used_by if marked or used_by else None
 
