@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from workers.endpoints import Endpoints
     from workers.pipeline import Pipeline
     from workers.pool import TaskPool
+    from workers.runtime import StartEngine
     from workers.serving import ServedModel
     from workers.settings import Settings
 
@@ -75,6 +76,7 @@ def run_worker(
     endpoints: Endpoints,
     model: ServedModel,
     on_ready: Callable[[], None] | None = None,
+    start_engine: StartEngine | None = None,
 ) -> int:
     """Run one worker in this process until it is told to stop.
 
@@ -83,6 +85,7 @@ def run_worker(
         endpoints: Addresses of the servers.
         model: What to serve.
         on_ready: Called once jobs are taken.
+        start_engine: Starts something else in vLLM's place.
 
     Returns:
         The process' exit code.
@@ -96,7 +99,8 @@ def run_worker(
     @lifespan(app)
     @asynccontextmanager
     async def serve(_pool: TaskPool) -> AsyncIterator[Any]:
-        async with worker_runtime(settings, endpoints, model) as pipeline:
+        started = worker_runtime(settings, endpoints, model, start_engine=start_engine)
+        async with started as pipeline:
             current.append(pipeline)
             try:
                 yield pipeline

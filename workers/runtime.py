@@ -8,7 +8,7 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -46,9 +46,19 @@ _ANNOUNCE_S = 2.0
 _ENRICHMENT_WAIT_S = 1.0
 
 
+#: Starts an engine and what calls it with OpenAI bodies; their ends go on the stack.
+StartEngine = Callable[
+    ["Settings", "ServedModel", PostgresAnswers, AsyncExitStack], Awaitable[tuple[Any, Any]]
+]
+
+
 @asynccontextmanager
 async def worker_runtime(
-    settings: Settings, endpoints: Endpoints, model: ServedModel
+    settings: Settings,
+    endpoints: Endpoints,
+    model: ServedModel,
+    *,
+    start_engine: StartEngine | None = None,
 ) -> AsyncIterator[Pipeline]:
     """Start everything a worker needs; yield the pipeline; take everything down again.
 
@@ -56,6 +66,7 @@ async def worker_runtime(
         settings: Read from the environment and the command line.
         endpoints: Addresses of the servers.
         model: What this worker serves.
+        start_engine: Starts something else in vLLM's place.
 
     Yields:
         A pipeline that takes messages.
@@ -75,7 +86,7 @@ async def worker_runtime(
         stack.push_async_callback(redis.aclose)
         jobs, channel = JobStore(database), ResultChannel(redis)
         answers = PostgresAnswers(database)
-        llm, handlers = await _engine(settings, model, answers, stack)
+        llm, handlers = await (start_engine or _engine)(settings, model, answers, stack)
         publisher = Publisher(channel, jobs, ttl_s=settings.result_ttl_s)
         stack.push_async_callback(publisher.aclose)
         commit = await stack.enter_async_context(GroupCommit(jobs))
