@@ -312,3 +312,19 @@ class ReuseDecisionRow(Base):
         Index(None, "answer_id"),
         CheckConstraint("label in ('right', 'wrong')", name="label"),
     )
+
+
+class FlightMarkerRow(Base):
+    """A mark that a worker is generating the answer to a request, for others to wait for."""
+
+    __tablename__ = "flight_markers"
+
+    namespace: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[bytes] = mapped_column(
+        primary_key=True, comment="SHA-256 of the canonical request"
+    )
+    owner: Mapped[str] = mapped_column(comment="who generates the answer")
+    until: Mapped[datetime] = mapped_column(comment="the mark no longer counts from then on")
+
+    # Marks live for seconds; after a crash of the server none is missed.
+    __table_args__ = ({"prefixes": ["UNLOGGED"]},)

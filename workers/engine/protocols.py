@@ -269,6 +269,37 @@ class AnswerStore(Protocol):
         ...
 
 
+@runtime_checkable
+class FlightMarkers(Protocol):
+    """What a store may offer besides: one generation of an answer among many workers."""
+
+    async def mark_flight(
+        self, namespace: str, fingerprint: bytes, owner: str, ttl_s: float
+    ) -> bool:
+        """Return whether the caller is to generate; False when another does already.
+
+        Args:
+            namespace: Tenant.
+            fingerprint: SHA-256 of the canonical request.
+            owner: Name of the caller. Its own mark is renewed.
+            ttl_s: Seconds after which the mark no longer counts, should the caller die.
+        """
+        ...
+
+    async def unmark_flight(self, namespace: str, fingerprint: bytes, owner: str) -> None:
+        """Take the caller's own mark away, once the answer is stored or there will be none."""
+        ...
+
+    async def wait_answer(
+        self, namespace: str, fingerprint: bytes, timeout_s: float
+    ) -> StoredAnswer | None:
+        """Return the answer as soon as it is stored.
+
+        None as soon as no mark stands any more, or when the time is over: then generate.
+        """
+        ...
+
+
 class Considered(Protocol):
     """One neighbour that might have been served, and what was decided."""
 

@@ -12,6 +12,8 @@ from schema.errors import InvalidRequestError
 from workers.store import stored_json
 from workers.store.answer_json import answer_from
 from workers.store.answer_writes import put_answers
+from workers.store.eviction import Eviction
+from workers.store.flight_marks import FlightMarks
 from workers.store.neighbours import Sizes, nearest
 from workers.store.reuse_labels import ReuseLabels
 
@@ -132,28 +134,6 @@ _DECISIONS = text(
     """
 )
 
-_PURGE_EXPIRED = text(
-    """
-    WITH gone AS (
-        SELECT id FROM answers WHERE expires_at <= now() AND tombstoned_at IS NULL
-        LIMIT :limit FOR UPDATE SKIP LOCKED
-    )
-    DELETE FROM answers USING gone WHERE answers.id = gone.id
-    """
-)
-
-_PURGE_ANALYSES = text(
-    """
-    WITH gone AS (
-        SELECT id FROM nlp_results
-        WHERE created_at < now() - interval '1 hour'
-          AND NOT EXISTS (SELECT FROM answers WHERE nlp_result_id = nlp_results.id)
-        LIMIT :limit FOR UPDATE SKIP LOCKED
-    )
-    DELETE FROM nlp_results USING gone WHERE nlp_results.id = gone.id
-    """
-)
-
 _AT_A_TIME = 2_000
 
 
@@ -171,8 +151,8 @@ class AnswerStats:
     refused_by_guard: int  # decisions against one
 
 
-class PostgresAnswers(ReuseLabels):
-    """Answers in Postgres, an `AnswerStore` of the engine.
+class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
+    """Answers in Postgres, an `AnswerStore` of the engine, with its `FlightMarkers`.
 
     Time to live runs by Postgres' clock. Of two answers to one request the first stays until it
     expires or is reported. A reported answer stays as a record; another answer to the same request
@@ -401,22 +381,25 @@ class PostgresAnswers(ReuseLabels):
             refused_by_guard=decided.refused,
         )
 
-    async def purge_expired(self, *, limit: int = _AT_A_TIME) -> int:
-        """Remove answers that have expired, and analyses that no answer has any more.
+    async def wait_answer(
+        self, namespace: str, fingerprint: bytes, timeout_s: float
+    ) -> StoredAnswer | None:
+        """Wait for the answer that another worker is generating.
 
         Args:
-            limit: How many at most of each; call again for more.
+            namespace: Tenant.
+            fingerprint: SHA-256 of the canonical request.
+            timeout_s: Seconds to wait at most.
 
         Returns:
-            How many answers were removed.
+            The answer, or None as soon as no mark stands any more, or the time is over.
 
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.
         """
-        async with self._database.connection() as connection:
-            gone = (await connection.execute(_PURGE_EXPIRED, {"limit": limit})).rowcount
-            await connection.execute(_PURGE_ANALYSES, {"limit": limit})
-        return gone
+        if await self._flight_lands(namespace, fingerprint, timeout_s):
+            return await self.get(namespace, fingerprint)
+        return None
 
     async def _one(self, statement: TextClause, values: dict[str, object]) -> StoredAnswer | None:
         async with self._database.connection() as connection:
