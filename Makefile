@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 # GB. vLLM's default on the CPU is half of the memory, which the servers need too.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check soak bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -36,6 +36,12 @@ check: $(STAMP)  ## style and types
 
 test: check  ## every check: style, types, unit, integration, acceptance
 	@$(PYTHON) -m pytest
+
+# Faults for so long; PROMPTMILL_FAULT_SEED repeats a run.
+MINUTES ?= 30
+
+soak: $(STAMP)  ## kill, stop and cut off things for MINUTES=30, print a table of faults
+	@$(PYTHON) -m tests.acceptance.faults --minutes $(MINUTES)
 
 bench: $(STAMP)  ## measure, print a table, write benchmarks.json
 	@$(PYTHON) -m tests.benchmarks

@@ -1,0 +1,220 @@
+"""Worker processes with a scripted stand-in for vLLM, so that many hundred of them can die.
+
+Everything but the engine is the real thing: Celery, pool, transport, pipeline, store, publisher,
+leases and recovery. The stand-in answers from the prompt alone, after a short random delay, so an
+answer is the same whatever happened on the way to it. What is measured with it says nothing of
+vLLM's speed.
+
+Importing all that takes many seconds, so it is done once: this process imports, and then forks a
+worker for each line on its input. It says what becomes of them in lines on its output: ``ready
+PID`` and ``ended PID STATUS``. When its input ends, all of them are killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import hashlib
+import importlib
+import os
+import random
+import selectors
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+MODEL = "scripted"
+#: Folder in which a file named after a point lets the next worker that passes it die there.
+CRASH_FOLDER = "PROMPTMILL_TEST_CRASH_FOLDER"
+BEFORE_PUBLISH = "before-publish"  # between the commit and the publication
+BEFORE_MARK = "before-mark"  # between the publication and the note of it
+BEFORE_ACKNOWLEDGE = "before-acknowledge"  # between all that and the acknowledgement
+REFUSED = "refuse"  # how a prompt begins that the engine does not take
+_SLOWEST_S = 0.25
+_LOOK_S = 0.1
+_PR_SET_PDEATHSIG = 1
+_IMPORTED = (
+    "celery.apps.worker",
+    "celery.bin.worker",
+    "celery.worker.consumer",
+    "psycopg",
+    "redis.asyncio",
+    "vllm.outputs",
+    "vllm.sampling_params",
+    "workers.announcements",
+    "workers.answering",
+    "workers.app",
+    "workers.engine.output",
+    "workers.pipeline",
+    "workers.recovery",
+    "workers.runtime",
+    "workers.signals",
+)
+
+
+def scripted_answer(prompt: str) -> str:
+    """What the stand-in answers."""
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+class ScriptedEngine:
+    """As much of vLLM's engine as workers touch."""
+
+    errored = False
+
+    async def generate(self, prompt: str, _params: Any, request_id: str) -> AsyncIterator[Any]:
+        """Yield the one answer."""
+        from vllm.outputs import CompletionOutput, RequestOutput
+
+        from workers.engine.output import EnhancedRequestOutput
+        from workers.engine.scope import ReportEntry, current_scope
+
+        await asyncio.sleep(random.uniform(0.0, _SLOWEST_S))  # noqa: S311  no secret
+        if prompt.startswith(REFUSED):
+            msg = "the scripted engine does not take this prompt"
+            raise ValueError(msg)
+        completion = CompletionOutput(
+            index=0,
+            text=scripted_answer(prompt),
+            token_ids=[],
+            cumulative_logprob=None,
+            logprobs=None,
+            finish_reason="stop",
+        )
+        output = RequestOutput(
+            request_id=request_id,
+            prompt=prompt,
+            prompt_token_ids=[],
+            prompt_logprobs=None,
+            outputs=[completion],
+            finished=True,
+        )
+        scope = current_scope()
+        assert scope is not None
+        entry = ReportEntry(request_id=request_id, metadata={}, answer=None, stored=False)
+        scope.report.entries.append(entry)
+        yield EnhancedRequestOutput.of(output, {})
+
+    def stats(self) -> dict[str, Any]:
+        """Nothing to tell."""
+        return {}
+
+    def forget(self, **_of: Any) -> None:
+        """Nothing is remembered."""
+
+
+async def _start_engine(*_: Any) -> tuple[Any, Any]:
+    return ScriptedEngine(), None
+
+
+def _die_at(point: str) -> None:
+    folder = os.environ.get(CRASH_FOLDER)
+    if folder is None:
+        return
+    # Whoever removes the file is the one that dies.
+    with contextlib.suppress(FileNotFoundError):
+        (Path(folder) / point).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _set_crash_points() -> None:
+    from workers.pipeline import Pipeline
+    from workers.publishing import Publisher
+    from workers.store.jobs import JobStore
+
+    publish, mark, run = Publisher.publish, JobStore.mark_published, Pipeline.run_message
+
+    async def dying_publish(self: Any, deliveries: Any) -> None:
+        if deliveries:
+            _die_at(BEFORE_PUBLISH)
+        await publish(self, deliveries)
+
+    async def dying_mark(self: Any, published: Any) -> None:
+        if published:
+            _die_at(BEFORE_MARK)
+        await mark(self, published)
+
+    async def dying_run(self: Any, message: Any) -> None:
+        await run(self, message)
+        _die_at(BEFORE_ACKNOWLEDGE)
+
+    Publisher.publish = dying_publish  # type: ignore[method-assign]
+    JobStore.mark_published = dying_mark  # type: ignore[method-assign]
+    Pipeline.run_message = dying_run  # type: ignore[method-assign]
+
+
+def _import_all() -> None:
+    for name in _IMPORTED:
+        importlib.import_module(name)
+
+
+def _work(say: Callable[[str], None]) -> int:
+    from workers import endpoints
+    from workers.app import run_worker
+    from workers.serving import ServedModel
+    from workers.settings import load_settings
+
+    settings = load_settings()
+    return run_worker(
+        settings,
+        endpoints=endpoints.find(settings),
+        model=ServedModel(name=MODEL, path=MODEL),
+        on_ready=lambda: say(f"ready {os.getpid()}"),
+        start_engine=_start_engine,
+    )
+
+
+def _fork(log: int, say: Callable[[str], None]) -> None:
+    starter = os.getpid()
+    if os.fork() != 0:
+        return
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != starter:
+            os._exit(1)
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = _work(say)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(log_path: str) -> None:
+    """Fork workers until the input ends."""
+    out = os.dup(1)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+    def say(line: str) -> None:
+        os.write(out, f"{line}\n".encode())
+
+    _import_all()
+    _set_crash_points()
+    gc.collect()
+    gc.freeze()
+    say("imported 0")
+    selector = selectors.DefaultSelector()
+    selector.register(0, selectors.EVENT_READ)
+    while True:
+        if selector.select(_LOOK_S):
+            asked = os.read(0, 1024)
+            if not asked:
+                return  # the kernel kills the workers
+            for _ in range(asked.count(b"\n")):
+                _fork(log, say)
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                say(f"ended {ended[0]} {os.waitstatus_to_exitcode(ended[1])}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
