@@ -36,6 +36,7 @@ from schema.errors import (
 )
 from schema.jobs import JobError, JobResult, JobState
 from workers.answering import Answerer, TryAgainError, failed
+from workers.hits import HitCounter
 from workers.leases import Holding, LeaseKeeper, Stopped
 from workers.publishing import Publisher
 from workers.slots import Slots
@@ -85,6 +86,7 @@ class Pipeline:
         channel: Takes the text of growing answers.
         leases: Keeps what is in flight.
         slots: Places in the engine.
+        hits: Counts how often stored answers were given.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Pipeline:
         channel: ResultChannel,
         leases: LeaseKeeper,
         slots: Slots,
+        hits: HitCounter,
     ) -> None:
         self._rules = rules
         self._answerer = answerer
@@ -107,6 +110,7 @@ class Pipeline:
         self._channel = channel
         self._leases = leases
         self._slots = slots
+        self._hits = hits
         self._one_suspect = asyncio.Lock()
         self._stored: LRUCache[UUID, bool] = LRUCache(_STORED_REMEMBERED)
         self._in_hand: dict[object, float] = {}  # messages, and when each was written
@@ -349,6 +353,8 @@ class Pipeline:
         )
         if stands and answer is not None:
             self._stored[answer.id] = True
+        if stands:
+            self._hits.note(outcome)
         return stands
 
     async def _publish(self, deliveries: Sequence[Delivery]) -> None:

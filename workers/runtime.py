@@ -73,6 +73,7 @@ async def worker_runtime(
     """
     # vLLM takes seconds to import; only a worker pays for it.
     from workers.answering import Answerer
+    from workers.hits import HitCounter
     from workers.leases import LeaseKeeper
     from workers.pipeline import Pipeline, Rules
     from workers.publishing import Publisher
@@ -89,6 +90,9 @@ async def worker_runtime(
         llm, handlers = await (start_engine or _engine)(settings, model, answers, stack)
         publisher = Publisher(channel, jobs, ttl_s=settings.result_ttl_s)
         stack.push_async_callback(publisher.aclose)
+        hits = HitCounter(answers)
+        hits.start()
+        stack.push_async_callback(hits.aclose)
         commit = await stack.enter_async_context(GroupCommit(jobs))
         leases = LeaseKeeper(jobs, lease_s=settings.lease_s, heartbeat_s=settings.heartbeat_s)
         leases.start()
@@ -107,8 +111,10 @@ async def worker_runtime(
             channel=channel,
             leases=leases,
             slots=Slots(settings.max_running),
+            hits=hits,
         )
         await _helpers(stack, settings, database, jobs, redis, endpoints, channel, publisher)
+        _keep_up(stack, settings, database, answers)
         _listen(stack, redis, llm, leases)
         for work, label in (
             (_announce(redis, name, model.name, pipeline, llm), "announce"),
@@ -193,6 +199,17 @@ async def _helpers(
     )
     recovery.start()
     stack.push_async_callback(recovery.aclose)
+
+
+def _keep_up(
+    stack: AsyncExitStack, settings: Settings, database: Database, answers: PostgresAnswers
+) -> None:
+    """Start upkeep of the stored answers, which every worker runs and one at a time does."""
+    from workers.upkeep import Upkeep
+
+    upkeep = Upkeep(database=database, answers=answers, answers_limit=settings.answers_limit)
+    upkeep.start()
+    stack.push_async_callback(upkeep.aclose)
 
 
 def _listen(stack: AsyncExitStack, redis: Redis, llm: EnhancedAsyncLLM, leases: Any) -> None:

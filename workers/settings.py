@@ -115,6 +115,11 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds a published result stays on its channel. Postgres keeps the answer.",
     )
+    answers_limit: int = Field(
+        default=1_000_000,
+        ge=1,
+        description="Most answers a namespace keeps; beyond it those worth least are removed.",
+    )
     drain_s: float = Field(
         default=30.0,
         ge=0,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Key of the lock that a pass of `Recovery` holds.
 RECOVERY = 0x70726F6D70746D02
+#: Key of the lock that a pass of `Upkeep` holds.
+UPKEEP = 0x70726F6D70746D03
 
 _TRY = text("SELECT pg_try_advisory_lock(CAST(:key AS bigint))")
 _UNLOCK = text("SELECT pg_advisory_unlock(CAST(:key AS bigint))")
