@@ -19,6 +19,7 @@ from schema.openai_batch import BadLine, BatchLine, error_line, id_digest, outpu
 from workers.batch_input import BatchInput, identity
 from workers.batch_output import BatchOutput
 from workers.batch_rows import DEFAULTS, BatchOptions, RowBuilder, batch_channel, open_batch
+from workers.cancellation import heed_cancellation
 from workers.cursors import START
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ class _Run:
     async def _submit_all(self) -> None:
         group: list[JobSpec] = []
         async for line in self._rows:
+            heed_cancellation()
             self.progress.read += 1
             if isinstance(line, BatchLine) and self._is_kept(line):
                 continue
@@ -208,6 +210,7 @@ class _Run:
         specs, group[:] = list(group), []
         until = time.monotonic() + _PATIENCE_S
         while True:
+            heed_cancellation()
             try:
                 jobs = await self._client.submit_specs(specs, wait_s=float("inf"))
                 break
@@ -223,6 +226,7 @@ class _Run:
         heard = time.monotonic()
         away_since: float | None = None
         while self._reading or self._under_way:
+            heed_cancellation()
             if not self._under_way:
                 self._moved.clear()
                 if self._reading and not self._under_way:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from workers.cancellation import heed_cancellation
 from workers.cursors import START
 from workers.streams import (
     Delivery,
@@ -58,6 +59,7 @@ class ChannelConsumer:
                 yield delivery
         looked_at = monotonic()
         while True:
+            heed_cancellation()
             entries = []
             if monotonic() - looked_at >= self.stale_s / 2:
                 entries, looked_at = await self._take_over(), monotonic()

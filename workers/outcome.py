@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from schema import names
 from schema.errors import JobNotFoundError, ResultTimeoutError
+from workers.cancellation import heed_cancellation
 from workers.cursors import START
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ async def _from_row(connection: Connection, job: JobRef, until: float | None) ->
     async with connection.signals.watch(names.done_signal(job.namespace, job.id)) as signal:
         # After subscribing, so that an outcome between the two is not missed.
         while (found := await store.result(job.namespace, job.id)) is None:
+            heed_cancellation()
             wait_s = _left(until, LOOK_S)
             if wait_s <= 0:
                 return None
@@ -79,6 +81,7 @@ async def _from_channel(
 ) -> JobResult | None:
     cursor = job.cursor or START
     while True:
+        heed_cancellation()
         wait_s = _left(until, _BLOCK_S)
         block_s = wait_s if wait_s > 0 else None
         entries = await connection.channel.read(job.namespace, job.channel, cursor, block_s=block_s)

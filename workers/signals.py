@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
+from workers.cancellation import heed_cancellation
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -94,6 +96,7 @@ class DoneSignals:
 
     async def _read(self) -> None:
         while True:
+            heed_cancellation()
             try:
                 message = await self._pubsub.get_message(timeout=_READ_S)
             except (RedisError, OSError):

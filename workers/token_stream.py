@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from schema.errors import BrokerUnavailableError, InvalidRequestError
+from workers.cancellation import heed_cancellation
 from workers.channel import TokenDelta
 from workers.cursors import START
 from workers.outcome import LOOK_S, not_found
@@ -45,6 +46,7 @@ async def follow(
     place, had = _parse(cursor)
     looked_at = 0.0
     while True:
+        heed_cancellation()
         deltas = []
         try:
             deltas = await connection.channel.read_tokens(

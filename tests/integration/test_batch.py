@@ -19,6 +19,7 @@ from schema.errors import InvalidFileError
 from schema.jobs import JobResult, JobState
 from workers import AsyncJobClient, Settings
 from workers.batch import BatchOptions, BatchProgress, run_batch
+from workers.cancellation import heed_cancellation
 from workers.channel import ResultChannel
 from workers.store.database import Database
 from workers.store.jobs import JobStore
@@ -75,6 +76,7 @@ class PlayedWorker:
     async def work(self) -> None:
         """Run until cancelled."""
         while True:
+            heed_cancellation()
             item = await self.redis.rpop(self.queue)
             if item is None:
                 await asyncio.sleep(0.01)
@@ -351,7 +353,7 @@ async def test_two_runs_do_not_share_an_output(
     worker.most = 0
     first = asyncio.create_task(run(client, source, tmp_path / "out"))
     async with asyncio.timeout(20):
-        while "out.partial" not in names_in(tmp_path):  # noqa: ASYNC110  a file has no event
+        while "out.partial" not in names_in(tmp_path):
             await asyncio.sleep(0.01)
     with pytest.raises(InvalidFileError, match="another run is writing"):
         await run(client, source, tmp_path / "out")

@@ -1,0 +1,20 @@
+"""Cancellations that get lost below us."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+def heed_cancellation() -> None:
+    """Raise a cancellation of this task that somebody swallowed; for the head of every long loop.
+
+    Before Python 3.12 `asyncio.wait_for`, which redis-py sends with, hands out a result that arrives
+    together with a cancellation, and the cancellation is gone (python/cpython#86296). A loop that
+    waits again and again would then never end.
+
+    Raises:
+        asyncio.CancelledError: This task was asked to end.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
