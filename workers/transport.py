@@ -184,6 +184,13 @@ class Channel(kombu_redis.Channel):
             )
         return functools.partial(_GuardedRedis, sift=self._sift)
 
+    def _connparams(self, asynchronous: bool = False) -> Any:
+        # Celery closes a lost connection twice. The second time kombu would look for an address
+        # that is gone, and that AttributeError ends the worker.
+        if getattr(self.connection, "client", None) is None:
+            raise redis.ConnectionError("the connection was closed before")
+        return super()._connparams(asynchronous=asynchronous)
+
     def _get(self, queue: str) -> Any:
         with self.conn_or_acquire() as client:
             for priority in self.priority_steps:

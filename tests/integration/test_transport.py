@@ -253,3 +253,18 @@ def test_broker_url(url: str, expected: str) -> None:
 def test_the_dead_list_is_documented_as_it_is(tmp_path: Path) -> None:
     entry = json.dumps({"item_base64": "AAE=", "reason": "r", "queue": "q"})
     assert read_dead(entry) == (b"\x00\x01", "r", "q")
+
+
+def test_a_closed_connection_is_a_connection_error(
+    stack: Any, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery closes a lost connection twice; any other error then ends the worker."""
+    settings = broker_settings(kombu_url(stack.redis_url))
+    with (
+        Connection(settings["broker_url"], transport=settings["broker_transport"]) as connection,
+        monkeypatch.context() as closed,
+    ):
+        channel = connection.default_channel
+        closed.setattr(channel.connection, "client", None)
+        with pytest.raises(connection.connection_errors):
+            channel._connparams()
