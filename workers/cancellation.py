@@ -8,7 +8,7 @@ import asyncio
 def heed_cancellation() -> None:
     """Raise a cancellation of this task that somebody swallowed; for the head of every long loop.
 
-    Before Python 3.12 `asyncio.wait_for`, which redis-py sends with, hands out a result that arrives
+    Before Python 3.12 `asyncio.wait_for`, by which redis-py sends, hands out a result that arrives
     together with a cancellation, and the cancellation is gone (python/cpython#86296). A loop that
     waits again and again would then never end.
 
