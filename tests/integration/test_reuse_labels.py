@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -94,7 +95,8 @@ class Told:
     def __init__(self, urls: tuple[str, str], capfd: pytest.CaptureFixture[str]) -> None:
         self._database_url, redis_url = urls
         self._capfd = capfd
-        self._pubsub = sync_redis.Redis.from_url(redis_url).pubsub()
+        redis: Any = sync_redis.Redis.from_url(redis_url)
+        self._pubsub = redis.pubsub()
         self._pubsub.subscribe(names.INVALIDATIONS)
         assert self._pubsub.get_message(timeout=5) is not None
         self.namespace = f"n{uuid4().hex}"
@@ -131,7 +133,7 @@ def told(
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-):
+) -> Iterator[Told]:
     """The subject."""
     monkeypatch.setenv("PROMPTMILL_DATABASE_URL", database_url)
     monkeypatch.setenv("PROMPTMILL_REDIS_URL", stack.redis_url)

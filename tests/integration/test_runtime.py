@@ -1,0 +1,158 @@
+"""What a worker process holds besides its engine, on real servers, with an engine played."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+from uuid import UUID, uuid4
+
+import orjson
+import pytest
+
+from schema import names
+from schema.wire import JobMessage
+from tests.integration.builders import admit, answer, number, spec
+from workers.cache.memory import MemoryCache
+from workers.connection import open_redis
+from workers.endpoints import Endpoints
+from workers.local import LocalStack
+from workers.pipeline import Pipeline
+from workers.runtime import worker_runtime
+from workers.serving import ServedModel
+from workers.settings import load_settings
+from workers.store.answers import PostgresAnswers
+from workers.store.database import Database
+from workers.store.jobs import JobStore
+
+MODEL = f"m{uuid4().hex}"
+
+
+class PlayedEngine:
+    """As much of the engine as a worker touches; it gives one stored answer again and again."""
+
+    errored = False
+
+    def __init__(self, answer_id: UUID | None = None) -> None:
+        self.answer_id = answer_id
+        self.listening = False
+        self.memory = MemoryCache(entries=10, max_bytes=1_000_000, ttl_s=60)
+
+    async def generate(self, prompt: str, _params: Any, request_id: str) -> AsyncIterator[Any]:
+        """Yield the one answer, as one read from the store."""
+        from vllm.outputs import CompletionOutput, RequestOutput
+
+        from workers.engine.output import EnhancedRequestOutput
+        from workers.engine.scope import ReportEntry, current_scope
+
+        completion = CompletionOutput(
+            index=0,
+            text="A field.",
+            token_ids=[],
+            cumulative_logprob=None,
+            logprobs=None,
+            finish_reason="stop",
+        )
+        output = RequestOutput(
+            request_id=request_id,
+            prompt=prompt,
+            prompt_token_ids=[],
+            prompt_logprobs=None,
+            outputs=[completion],
+            finished=True,
+        )
+        metadata = {"provenance": "exact", "answer_id": str(self.answer_id)}
+        scope = current_scope()
+        assert scope is not None
+        scope.report.entries.append(
+            ReportEntry(request_id=request_id, metadata=metadata, answer=None, stored=True)
+        )
+        yield EnhancedRequestOutput.of(output, metadata)
+
+    def stats(self) -> dict[str, Any]:
+        """Nothing to tell."""
+        return {}
+
+    def forget(self, **of: Any) -> int:
+        """As the real one; all of it is forgotten when the worker begins to listen."""
+        self.listening = self.listening or not of
+        return self.memory.forget(**of)
+
+
+@pytest.fixture(autouse=True)
+def _melt() -> Iterator[None]:
+    """A worker freezes what it has loaded; the tests go on."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+async def start(stack: LocalStack, database_url: str) -> AsyncIterator[Callable[..., Any]]:
+    """Starts workers on this test's database, and ends them."""
+    endpoints = Endpoints(redis_url=stack.redis_url, database_url=database_url)
+    async with AsyncExitStack() as workers:
+
+        async def start(engine: PlayedEngine) -> Pipeline:
+            async def start_engine(*_: Any) -> tuple[Any, Any]:
+                return engine, None
+
+            return await workers.enter_async_context(
+                worker_runtime(
+                    load_settings(),
+                    endpoints,
+                    ServedModel(name=MODEL, path=MODEL),
+                    start_engine=start_engine,
+                )
+            )
+
+        yield start
+
+
+async def until(met: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not met():
+            await asyncio.sleep(0.01)
+
+
+async def test_every_worker_forgets_at_once(start: Callable[..., Any], stack: LocalStack) -> None:
+    workers = [PlayedEngine(), PlayedEngine()]
+    for worker in workers:
+        await start(worker)
+    redis = open_redis(stack.redis_url)
+    # A worker forgets all when it begins to listen; what comes later is what counts.
+    await until(lambda: all(worker.listening for worker in workers))
+    doomed, other = answer(tags=("t",), namespace=MODEL), answer(namespace=MODEL)
+    for which in ({"ids": [doomed.id]}, {"tag": "t"}):
+        for worker in workers:
+            worker.memory.put(doomed)
+            worker.memory.put(other)
+        said = {"v": names.WIRE_VERSION, "namespace": MODEL, "ids": None, "tag": None, **which}
+        began = time.monotonic()
+        await redis.publish(names.INVALIDATIONS, orjson.dumps(said))
+        await until(
+            lambda: all(not worker.memory.get(MODEL, doomed.fingerprint) for worker in workers)
+        )
+        # The promise is a second; a busy machine may be late, never five times.
+        assert time.monotonic() - began < 5
+        assert all(worker.memory.get(MODEL, other.fingerprint) for worker in workers)
+    await redis.aclose()
+
+
+async def test_hits_of_jobs_are_counted(
+    start: Callable[..., Any],
+    database: Database,
+    job_store: JobStore,
+    answer_store: PostgresAnswers,
+) -> None:
+    made = answer()
+    await answer_store.put(made)
+    pipeline = await start(PlayedEngine(made.id))
+    ids = await admit(job_store, spec(model=MODEL), spec(model=MODEL))
+    await pipeline.run_message(JobMessage(ids=tuple(ids), namespace="default", sent_at=time.time()))
+    async with asyncio.timeout(60):
+        while await number(database, "SELECT hits FROM answers") != 2:
+            await asyncio.sleep(0.02)
+    assert (await answer_store.reuse_report("default")).hits_by_kind == {"exact": 2}
