@@ -1,0 +1,160 @@
+"""Stages run side by side, share what they find, and fail alone."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from tests.unit.engine_parts import LengthEmbedder, MemoryStore, WordAnalyser
+from workers.engine.config import Features, HandlerConfig, RetryConfig
+from workers.engine.enrichment import Enrichers, EnrichmentRun
+from workers.engine.parts import Parts, complete
+from workers.engine.protocols import Analyser, AnswerStore, Embedder, Neighbour
+
+CONFIG = HandlerConfig(retry=RetryConfig(attempts=2, wait_s=0.001))
+
+
+class Rig:
+    """Enrichers over in-memory parts."""
+
+    def __init__(self, config: HandlerConfig = CONFIG, **without: Any) -> None:
+        self.analyser, self.embedder, self.store = WordAnalyser(), LengthEmbedder(), MemoryStore()
+        parts = {"analyser": self.analyser, "embedder": self.embedder, "store": self.store}
+        self.enrichers = Enrichers(config, **{**parts, **without})
+
+    async def run(self, text: str | None = "one") -> EnrichmentRun:
+        """Run to the end."""
+        run = EnrichmentRun(self.enrichers, text, namespace="n")
+        await run.wait()
+        return run
+
+
+def test_the_in_memory_parts_are_what_the_engine_asks_for() -> None:
+    assert isinstance(WordAnalyser(), Analyser)
+    assert isinstance(LengthEmbedder(), Embedder)
+    assert isinstance(MemoryStore(), AnswerStore)
+
+
+def near(prompt: str, similarity: float) -> Neighbour:
+    return Neighbour(answer_id=uuid4(), prompt=prompt, similarity=similarity)
+
+
+async def test_everything_is_found() -> None:
+    rig = Rig()
+    rig.store.near = [near("far", 0.5), near("close", 0.9)]
+    run = await rig.run()
+    assert run.done
+    findings = run.findings
+    assert findings.analysis is not None
+    assert findings.similar is not None
+    assert [one.prompt for one in findings.similar] == ["close", "far"]
+    assert [(part.part, part.embedder) for part in findings.vectors] == [(0, "length")]
+    assert set(findings.seconds) == {"nlp", "similarity"}
+    assert findings.errors == {}
+    assert findings.running == set()
+
+
+async def test_each_clause_is_embedded_once_and_looked_up() -> None:
+    rig = Rig()
+    rig.store.near = [near("close", 0.9)]
+    findings = (await rig.run("first\nsecond")).findings
+    assert rig.embedder.texts == ["first\nsecond", "first", "second"]
+    assert [part.clause for part in findings.vectors] == [None, "first", "second"]
+    assert findings.similar is not None
+    assert [one.clause for one in findings.similar] == [None]  # each prompt once
+
+
+async def test_one_that_fails_takes_no_other_along() -> None:
+    rig = Rig()
+    rig.analyser.failure = RuntimeError("no words")
+    findings = (await rig.run()).findings
+    assert findings.errors == {"nlp": "RuntimeError: no words"}
+    assert findings.analysis is None
+    assert findings.vectors
+    assert rig.analyser.calls == 2  # tried again
+    rig = Rig()
+    rig.embedder.failure = RuntimeError("no vectors")
+    findings = (await rig.run()).findings
+    assert findings.errors == {"similarity": "RuntimeError: no vectors"}
+    assert findings.analysis is not None
+
+
+async def test_without_the_store_there_are_vectors_all_the_same() -> None:
+    rig = Rig()
+    rig.store.failure = ConnectionError("down")
+    run = await rig.run()
+    assert run.findings.errors == {"similarity": "ConnectionError: down"}
+    assert run.findings.vectors
+    assert (await run.prompt())[1] is not None
+
+
+async def test_who_waits_for_the_prompt_is_told_what_failed() -> None:
+    rig = Rig()
+    rig.analyser.failure = rig.embedder.failure = RuntimeError("no")
+    assert await (await rig.run()).prompt() == (None, None)
+    rig = Rig()
+    rig.analyser.free.clear()
+    run = EnrichmentRun(rig.enrichers, "one", namespace="n")
+    await run.wait(0.01)
+    assert not run.done
+    assert run.findings.running >= {"nlp"}
+    run.cancel()
+    await run.wait()
+    assert (await run.prompt())[0] is None
+    assert run.findings.running == set()
+
+
+async def test_the_answer_is_a_stage_of_its_own() -> None:
+    rig = Rig()
+    run = await rig.run(None)
+    assert run.done
+    run.analyse_answer("an answer")
+    assert not run.done
+    await run.wait()
+    assert run.findings.answer_analysis is not None
+    assert run.findings.analysis is None
+    run.analyse_answer("")
+    assert run.done
+
+
+async def test_what_is_off_or_missing_is_named() -> None:
+    off = HandlerConfig(features=Features(nlp=False, similarity=False))
+    assert Rig(off).enrichers.disabled == {"nlp": "switched off", "similarity": "switched off"}
+    assert not Rig(off).enrichers.active
+    assert Rig(analyser=None).enrichers.disabled == {"nlp": "no analyser"}
+    assert Rig(embedder=None, store=None).enrichers.disabled == {
+        "similarity": "no embedder",
+        "stored_answers": "no answer store",
+    }
+    assert Rig(missing={"plugin:x": "broken"}).enrichers.disabled == {"plugin:x": "broken"}
+
+
+def test_reuse_by_meaning_needs_all_three_parts() -> None:
+    rig = Rig()
+    parts = Parts(analyser=rig.analyser, embedder=rig.embedder, store=rig.store)
+    assert complete(parts, CONFIG).reuser is not None
+    assert complete(Parts(store=rig.store), CONFIG).reuser is None
+    off = HandlerConfig(features=Features(similarity=False))
+    assert complete(parts, off).reuser is None
+    assert complete(parts, CONFIG).plugins == ()
+
+
+def test_installed_plug_ins_are_taken_and_broken_ones_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from workers.enrich import plugins
+
+    broken = plugins.BrokenPlugin(name="bad", origin="o", reason="ImportError: no")
+    found = plugins.Plugins(enrichers=(), broken=(broken,))
+    monkeypatch.setattr(plugins, "load_plugins", lambda: found)
+    parts = complete(Parts(), HandlerConfig(features=Features(plugins=True)))
+    assert parts.plugins == ()
+    assert parts.missing == {"plugin:bad": "ImportError: no"}
+
+
+async def test_closing_closes_the_parts() -> None:
+    rig = Rig()
+    await rig.enrichers.aclose()
+    assert rig.analyser.closed == 1

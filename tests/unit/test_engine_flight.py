@@ -1,0 +1,123 @@
+"""A flight is one generation for many readers, and ends when it should."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from tests.unit.engine_parts import Native, output, piece
+from workers.engine.flight import Reader
+
+DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
+
+
+async def read(reader: Reader) -> list[str]:
+    """Read to the end; return the texts as they came."""
+    texts, done = [], False
+    while not done:
+        while (one := reader.get_nowait()) is None:
+            await reader.wait()
+        texts += [part.text for part in one.outputs]
+        done = one.finished
+    return texts
+
+
+async def test_every_reader_gets_everything() -> None:
+    native = Native()
+    flight = native.flight()
+    early = flight.join("early", DELTA)
+    await flight.ready()
+    native.collector.put(output(piece("a", [1])))
+    while early.get_nowait() is None:
+        await early.wait()
+    late, final = flight.join("late", DELTA), flight.join("final", FINAL_ONLY)
+    native.collector.put(output(piece("b", [2], end="stop"), finished=True))
+    assert await asyncio.gather(read(early), read(late), read(final)) == [["b"], ["ab"], ["ab"]]
+    await flight.ended()
+    assert (native.started, native.landed, native.gone) == (1, [flight], [flight])
+    assert native.aborted == []
+
+
+async def test_what_the_store_has_is_not_generated() -> None:
+    native = Native()
+    flight = native.flight(stored=output(piece("kept", [1], end="stop"), finished=True))
+    assert await read(flight.join("r", DELTA)) == ["kept"]
+    await flight.ended()
+    assert native.started == 0
+    assert flight.replayed
+
+
+async def test_one_who_leaves_does_not_end_it_and_the_last_does() -> None:
+    native = Native()
+    flight = native.flight()
+    one, other = flight.join("one", DELTA), flight.join("other", DELTA)
+    await flight.ready()
+    one.close()
+    one.close()
+    assert native.gone == []
+    other.close()
+    await flight.ended()
+    assert native.aborted == ["native-1"]
+    assert native.gone
+    assert native.landed == []
+
+
+async def test_left_while_vllm_takes_it_in_it_is_aborted_all_the_same() -> None:
+    native = Native()
+    native.may_start.clear()
+    flight = native.flight()
+    reader = flight.join("r", DELTA)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    reader.close()
+    native.may_start.set()
+    await flight.ended()
+    assert native.started == 1
+    assert native.aborted == ["native-1"]
+
+
+async def test_a_refusal_reaches_all() -> None:
+    native = Native(refusal=ValueError("too long"))
+    flight = native.flight()
+    readers = [flight.join(f"r{number}", DELTA) for number in range(3)]
+    with pytest.raises(ValueError, match="too long"):
+        await flight.ready()
+    for reader in readers:
+        with pytest.raises(ValueError, match="too long"):
+            await read(reader)
+        assert reader.get_nowait() is None
+    assert native.landed == []
+
+
+async def test_an_abort_gives_what_there_is_and_says_so() -> None:
+    native = Native()
+    flight = native.flight()
+    one, other = flight.join("one", DELTA), flight.join("other", FINAL_ONLY)
+    await flight.ready()
+    native.collector.put(output(piece("a", [1])))
+    while one.get_nowait() is None:
+        await one.wait()
+    for reader in (one, other):
+        reader.abort()
+        last = reader.get_nowait()
+        assert last is not None
+        assert last.finished
+        assert last.outputs[0].finish_reason == "abort"
+        assert last.request_id == reader.request_id
+    await flight.ended()
+    assert native.aborted == ["native-1"]
+
+
+async def test_closed_by_its_owner_it_tells_its_readers() -> None:
+    native = Native()
+    flight = native.flight()
+    reader = flight.join("r", DELTA)
+    await flight.ready()
+    flight.cancel()
+    await flight.ended()
+    with pytest.raises(EngineDeadError):
+        await read(reader)
+    assert native.aborted == ["native-1"]
