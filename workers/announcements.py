@@ -16,6 +16,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from schema import names
+from workers.cancellation import heed_cancellation
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -60,11 +61,13 @@ class Announcements:
 
     async def _listen(self) -> None:
         while True:
+            heed_cancellation()
             pubsub: Any = self._redis.pubsub()
             try:
                 await pubsub.subscribe(*self._listeners)
                 self._missed()
                 while True:
+                    heed_cancellation()
                     message = await pubsub.get_message(
                         ignore_subscribe_messages=True, timeout=_READ_S
                     )

@@ -141,6 +141,7 @@ class WorkerProcess:
     given_up: threading.Event = field(default_factory=threading.Event)
     last_words: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_WORDS))
     process: subprocess.Popen[str] | None = None
+    took_jobs: bool = False  # in its present life
     _stopping: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -175,11 +176,15 @@ class WorkerProcess:
         quick_deaths = 0
         while not self._stopping.is_set():
             started = time.monotonic()
+            self.took_jobs = False
             code = self._run_once()
+            was_ready = self.took_jobs
             if self._stopping.is_set():
                 return
             lived_s = time.monotonic() - started
-            quick_deaths = quick_deaths + 1 if lived_s < _QUICK_DEATH_S else 0
+            # One that never took a job failed at its start, however long that took.
+            failed = lived_s < _QUICK_DEATH_S or not was_ready
+            quick_deaths = quick_deaths + 1 if failed else 0
             if quick_deaths >= _MOST_QUICK_DEATHS or (code == 2 and not self.ready.is_set()):
                 self.on_event(f"worker on {self.device.name} is given up: it ended with {code}")
                 self.given_up.set()
@@ -205,6 +210,7 @@ class WorkerProcess:
         )
         for line in self.process.stdout or ():
             if line.strip() == READY:
+                self.took_jobs = True
                 self.ready.set()
                 self.on_event(f"worker on {self.device.name} is ready")
             else:

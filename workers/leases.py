@@ -14,6 +14,7 @@ from uuid import UUID
 import structlog
 
 from schema.errors import ServiceError
+from workers.cancellation import heed_cancellation
 
 if TYPE_CHECKING:
     from workers.store.jobs import JobStore
@@ -128,6 +129,7 @@ class LeaseKeeper:
 
     async def _beat(self) -> None:
         while True:
+            heed_cancellation()
             await asyncio.sleep(self._heartbeat_s)
             if not (held := self.held):
                 continue

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from schema.errors import ServiceError
+from workers.cancellation import heed_cancellation
 from workers.store.locks import RECOVERY, only_one
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class Recovery:
 
     async def _run(self) -> None:
         while True:
+            heed_cancellation()
             more = False
             try:
                 done = await self.run_once()

@@ -20,6 +20,7 @@ import structlog
 from schema import names
 from schema.errors import BrokerUnavailableError
 from workers import registry
+from workers.cancellation import heed_cancellation
 from workers.channel import ResultChannel
 from workers.connection import open_redis
 from workers.queue_marks import oldest_live_message_at, shine
@@ -244,6 +245,7 @@ async def _announce(redis: Redis, name: str, model: str, pipeline: Pipeline, llm
     """Say every few seconds that this worker lives, what it serves and what it holds."""
     started = datetime.now(UTC).isoformat()
     while True:
+        heed_cancellation()
         state = {
             "v": names.WIRE_VERSION,
             "models": [model],
