@@ -67,6 +67,7 @@ class Faults:
         self.done: Counter[str] = Counter()
         self.data_lost_at: list[float] = []  # Unix time
         self.poisoned = 0
+        self.poisoned_since_loss = 0  # those whose place on the dead list was not lost
         servers: list[tuple[str, Callable[[], Awaitable[bool]]]] = [
             ("Redis killed, data kept", self._kill_redis),
             ("Redis killed, data lost", self._lose_redis),
@@ -155,6 +156,7 @@ class Faults:
         except RedisError:
             return False
         self.poisoned += 1
+        self.poisoned_since_loss += 1
         return True
 
     async def _kill_redis(self) -> bool:
@@ -167,6 +169,7 @@ class Faults:
         except RedisError:
             return False
         self.data_lost_at.append(time.time())
+        self.poisoned_since_loss = 0
         return await self._end("valkey", signal.SIGKILL)
 
     async def _end(self, name: str, number: signal.Signals) -> bool:

@@ -12,7 +12,7 @@ from schema import names
 from schema.errors import ServiceError
 from tests.acceptance.faults.faults import Faults
 from tests.acceptance.faults.scripted_worker import CRASH_FOLDER, MODEL
-from tests.acceptance.faults.traffic import GROUPS, Consumers, Producer
+from tests.acceptance.faults.traffic import AWAY_S, GROUPS, Consumers, Producer
 from tests.acceptance.faults.verdict import Verdict, judge, open_jobs, stored_rows
 from tests.acceptance.faults.workers_of_a_run import ScriptedWorkers
 from workers import endpoints
@@ -25,7 +25,7 @@ WORKERS = 3
 LEASE_S = 4.0
 _FREEZE_S = 2 * LEASE_S
 _SETTLE_S = 180.0
-_QUIET_S = 3.0
+_QUIET_S = 2 * AWAY_S
 _LOOK_S = 0.3
 
 
@@ -44,6 +44,11 @@ class Report:
     settled: bool
     log: Path
 
+    @property
+    def errors(self) -> int:
+        """Workers that ended otherwise than killed, or as asked to."""
+        return sum(count for code, count in self.endings.items() if code not in (0, -9))
+
     def table(self) -> str:
         """For people."""
         rows: list[tuple[str, object]] = [("seed", self.seed), ("seconds", f"{self.seconds:.0f}")]
@@ -54,6 +59,7 @@ class Report:
             ("poisoned messages sent", self.poisoned),
             ("items on the dead list", self.dead_letters),
             ("times Redis lost its data", self.data_losses),
+            ("workers that ended by an error", self.errors),
         ]
         rows += [
             (
@@ -132,6 +138,8 @@ async def run(
         await database.aclose()
         await asyncio.to_thread(found.stack.close, wait_s=30)
     verdict = judge(producer, consumers, rows, data_lost_at=faults.data_lost_at)
+    if dead < faults.poisoned_since_loss:
+        verdict.wrong.append(f"{faults.poisoned_since_loss - dead} poisoned messages were not kept")
     if not settled:
         verdict.wrong.append(f"not every job was over and published within {_SETTLE_S:g} s")
     return Report(

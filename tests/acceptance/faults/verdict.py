@@ -12,6 +12,7 @@ from sqlalchemy import text
 from schema.jobs import JobResult, JobState
 from tests.acceptance.faults.scripted_worker import REFUSED, scripted_answer
 from tests.acceptance.faults.traffic import Consumers, Producer
+from workers.store.claims import MAX_CRASHES, SET_ASIDE
 from workers.store.database import Database
 from workers.store.deliveries import result
 
@@ -39,6 +40,7 @@ class Verdict:
 
     wrong: list[str] = field(default_factory=list)  # each breaks a promise
     lost_with_redis: Counter[str] = field(default_factory=Counter)  # group: results
+    set_aside: int = 0  # jobs ended by the rule on deaths: more workers died than a job may see
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -92,6 +94,7 @@ def judge(
         "entries on the channels": sum(map(len, consumers.raw.values())),
         "of those, repeats": sum(len(entries) - 1 for entries in consumers.raw.values()),
         "jobs in flight when a worker died": sum(row.crashes > 0 for row in rows.values()),
+        f"set aside after {MAX_CRASHES} deaths": verdict.set_aside,
         "most deaths of one job": max((row.crashes for row in rows.values()), default=0),
     }
     return verdict
@@ -109,6 +112,9 @@ def _judge_outcomes(verdict: Verdict, producer: Producer, rows: dict[UUID, Store
         expected = JobState.FAILED if refused else JobState.DONE
         answer = None if refused else scripted_answer(prompt)
         found = row.result
+        if row.crashes >= MAX_CRASHES and found.error == SET_ASIDE:
+            verdict.set_aside += 1
+            continue
         if (found.status, found.text) != (expected, answer):
             said = found.error.message if found.error else found.text
             verdict.wrong.append(
