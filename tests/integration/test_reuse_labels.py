@@ -95,8 +95,9 @@ class Told:
     def __init__(self, urls: tuple[str, str], capfd: pytest.CaptureFixture[str]) -> None:
         self._database_url, redis_url = urls
         self._capfd = capfd
-        redis: Any = sync_redis.Redis.from_url(redis_url)
-        self._pubsub = redis.pubsub()
+        # Kept: a client that is collected closes the connections of its subscriptions.
+        self._redis: Any = sync_redis.Redis.from_url(redis_url)
+        self._pubsub = self._redis.pubsub()
         self._pubsub.subscribe(names.INVALIDATIONS)
         assert self._pubsub.get_message(timeout=5) is not None
         self.namespace = f"n{uuid4().hex}"
@@ -125,6 +126,7 @@ class Told:
 
     def close(self) -> None:
         self._pubsub.close()
+        self._redis.close()
 
 
 @pytest.fixture
