@@ -254,8 +254,7 @@ class Fleet:
             if cores and not device.gpus:
                 environment["VLLM_CPU_OMP_THREADS_BIND"] = cores[index]
             command = [sys.executable, "-m", "workers.cli", "worker"]
-            for argument in (*device.engine_args(), *engine_args):
-                command.append(f"--vllm-arg={argument}")
+            command += [f"--vllm-arg={word}" for word in (*device.engine_args(), *engine_args)]
             self.workers.append(
                 WorkerProcess(
                     device=device,

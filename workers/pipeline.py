@@ -262,7 +262,7 @@ class Pipeline:
         """Run one claimed job to its outcome; its slot is given back whatever happens."""
         with self._leases.hold(job) as holding:
             if job.crashes:
-                outcome = await self._alone(job, holding)
+                outcome = await self._suspect(job, holding)
             else:
                 try:
                     outcome = await self._outcome(job, holding)
@@ -274,12 +274,16 @@ class Pipeline:
                     [Delivery(channel=job.channel, result=outcome.result, stream=asks_for_deltas)]
                 )
 
-    async def _alone(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
+    async def _suspect(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
         """Run a job that was in flight when an engine died, with nothing beside it.
 
         So the guilty one is found: only what dies with the engine again and again is set aside.
         """
         self._slots.give()
+        if self._one_suspect.locked():
+            # Not held while it waits: another death would be counted against it.
+            await self._release(job)
+            return None
         try:
             async with self._one_suspect:
                 await self._slots.take_all()
@@ -288,7 +292,7 @@ class Pipeline:
                 finally:
                     self._slots.give(self._slots.total)
         except asyncio.CancelledError:
-            # Cancelled while it waited for its turn.
+            # Cancelled while it waited for the others to end.
             return await self._stopped(job, holding)
 
     async def _outcome(self, job: ClaimedJob, holding: Holding) -> Outcome | None:

@@ -49,9 +49,9 @@ class Deployment:
         raise AssertionError(msg)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def deployment(stack: LocalStack) -> Iterator[Deployment]:
-    """A worker that takes jobs."""
+    """A worker that takes jobs; gone before other packages' tests, which need the cores."""
     settings = load_settings(data_dir=Path(stack.data_dir), lease_s=6.0)
     events: list[str] = []
     fleet = Fleet(settings, [Device()], engine_args=ENGINE_ARGS, on_event=events.append)

@@ -68,7 +68,7 @@ async def embedder() -> AsyncIterator[MiniLmEmbedder]:
 
 async def until(condition: Callable[[], bool], *, seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110  of another process there is no event
+        while not condition():
             await asyncio.sleep(0.02)
 
 

@@ -126,7 +126,7 @@ async def test_it_goes_on_by_itself_through_outages(
     elsewhere.away = False
     recovery.wake()
     async with asyncio.timeout(20):
-        while len(elsewhere.sent) < len(ids):  # noqa: ASYNC110  the store is what is watched
+        while len(elsewhere.sent) < len(ids):
             await asyncio.sleep(0.02)
     await recovery.aclose()
     await recovery.aclose()

@@ -204,8 +204,13 @@ def results(
 
 
 def _redo(retry: str | None) -> Literal["failed", "truncated"] | None:
-    if retry in (None, "failed", "truncated"):
-        return retry
+    known: dict[str | None, Literal["failed", "truncated"] | None] = {
+        None: None,
+        "failed": "failed",
+        "truncated": "truncated",
+    }
+    if retry in known:
+        return known[retry]
     msg = "must be failed or truncated"
     raise InvalidRequestError(msg, field="retry", value=retry)
 

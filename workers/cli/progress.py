@@ -79,8 +79,8 @@ def batch_progress(source: str) -> Iterator[Callable[[BatchProgress], None]]:
                 words.append(f"{progress.cached / answered:.0%} from cache")
             if progress.failed:
                 words.append(f"[red]{progress.failed} failed[/red]")
-            more = {} if total is None else {"total": total}
-            bar.update(task, completed=done, rate=", ".join(words), **more)
+            # A total of None leaves the one that is known as it is.
+            bar.update(task, completed=done, total=total, rate=", ".join(words))
 
         yield show
 
