@@ -1,0 +1,129 @@
+"""With a part taken away the answer still comes, as vLLM made it, and says what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import Equip, final_of, greedy, until
+from workers.engine import HandlerConfig
+from workers.engine.config import Features, NlpConfig, RetryConfig
+from workers.enrich.nlp import SpacyAnalyser
+
+pytestmark = pytest.mark.engine
+
+WAITING = HandlerConfig(
+    enrichment_wait_s=30,
+    features=Features(similarity=False),
+    retry=RetryConfig(attempts=1),
+)
+
+
+async def test_spacy_killed_is_started_again(equip: Equip) -> None:
+    analyser = SpacyAnalyser(NlpConfig())
+    await analyser.start()
+    llm = equip(WAITING, analyser=analyser)
+    assert (await final_of(llm, "Alive", greedy(3))).metadata["nlp_result"] is not None
+    assert analyser.pid is not None
+    os.kill(analyser.pid, signal.SIGKILL)
+    killed = await final_of(llm, "Killed", greedy(3))
+    assert killed.text
+    # Either it was noticed in time and started again, or the answer says that it failed.
+    assert killed.metadata["nlp_result"] is not None or "nlp" in killed.metadata["errors"]
+    for number in range(50):
+        output = await final_of(llm, f"Back {number}", greedy(2))
+        if output.metadata["nlp_result"] is not None:
+            break
+        await asyncio.sleep(0.1)
+    assert output.metadata["nlp_result"] is not None
+    assert analyser.restarts >= 1
+    await analyser.aclose()
+
+
+class Raising:
+    """An analyser that fails until it is mended."""
+
+    pipeline = "raising"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def analyse(self, text: str) -> Any:
+        self.calls += 1
+        msg = "out of order"
+        raise RuntimeError(msg)
+
+    async def aclose(self) -> None:
+        """Nothing runs."""
+
+
+async def test_what_keeps_failing_is_left_alone(equip: Equip) -> None:
+    analyser = Raising()
+    llm = equip(WAITING, analyser=analyser)
+    llm.enrichers.breakers["nlp"]._rest_s = 60
+    seen = [
+        (await final_of(llm, f"Failing {number}", greedy(2))).metadata["errors"]["nlp"]
+        for number in range(5)
+    ]
+    assert seen[:3] == ["RuntimeError: out of order"] * 3
+    assert all("left alone" in why for why in seen[3:])
+    assert analyser.calls == 3
+    stats = llm.stats()
+    assert stats["failures"]["nlp"] == 3
+    assert stats["left_alone"]["nlp"] == 2
+
+
+class Hanging:
+    """A plug-in that never comes back."""
+
+    name = "hanging"
+
+    async def enrich(self, text: str, *, namespace: str) -> Mapping[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def aclose(self) -> None:
+        """Nothing runs."""
+
+
+class Counting:
+    """A plug-in that works."""
+
+    name = "counting"
+
+    async def enrich(self, text: str, *, namespace: str) -> Mapping[str, Any]:
+        return {"words": len(text.split()), "namespace": namespace}
+
+    async def aclose(self) -> None:
+        """Nothing runs."""
+
+
+async def test_a_plug_in_that_hangs_is_cut_and_the_others_work(equip: Equip) -> None:
+    config = WAITING.model_copy(
+        update={
+            "features": Features(nlp=False, similarity=False, plugins=True),
+            "nlp": NlpConfig(budget_s=0.2),
+        }
+    )
+    llm = equip(config, plugins=(Hanging(), Counting()))
+    output = await final_of(llm, "Three words here", greedy(3))
+    assert output.metadata["enrichments"] == {"counting": {"words": 3, "namespace": "default"}}
+    assert "longer than 0.2 s" in output.metadata["errors"]["plugin:hanging"]
+    again = await final_of(llm, "Three words here", greedy(3))
+    assert again.metadata["cached"]
+    assert again.metadata["enrichments"] == output.metadata["enrichments"]
+
+
+async def test_the_answer_does_not_wait_for_what_hangs(equip: Equip) -> None:
+    config = HandlerConfig(features=Features(nlp=False, similarity=False, plugins=True))
+    llm = equip(config, plugins=(Hanging(),))
+    async with asyncio.timeout(30):
+        output = await final_of(llm, "No waiting", greedy(3))
+    assert output.metadata["late"] == ["plugin:hanging"]
+    await llm.aclose()
+    await until(lambda: llm.stats()["side_tasks"] == 0)

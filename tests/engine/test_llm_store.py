@@ -1,0 +1,398 @@
+"""The durable tier, reuse by meaning and shadow mode, over real Postgres, spaCy and MiniLM."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import text
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from schema.errors import DatabaseUnavailableError
+from schema.jobs import Reuse
+from tests.engine.conftest import (
+    PLAIN,
+    Equip,
+    Equipped,
+    final_of,
+    greedy,
+    idle,
+    joined,
+    outputs_of,
+    until,
+)
+from workers.engine import HandlerConfig, RequestScope
+from workers.engine.config import SimilarityConfig
+from workers.engine.protocols import StoredAnswer
+from workers.enrich.embedder import MiniLmEmbedder
+from workers.enrich.neighbours import Considered
+from workers.enrich.nlp import SpacyAnalyser
+from workers.store.answers import PostgresAnswers
+from workers.store.database import Database
+
+pytestmark = pytest.mark.engine
+
+ALL_ON = HandlerConfig(enrichment_wait_s=30)
+ASKED, MEANT = "How do I bake sourdough bread?", "How can I bake sourdough bread?"
+SEMANTIC = Reuse.SEMANTIC
+
+
+class Outage:
+    """A store whose database can be taken away."""
+
+    def __init__(self, store: PostgresAnswers) -> None:
+        self.down = False
+        self.asked = 0
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked += 1
+        if self.down:
+            msg = "Postgres cannot be reached"
+            raise DatabaseUnavailableError(msg)
+        return getattr(self._store, name)
+
+
+def full(max_tokens: int) -> SamplingParams:
+    """Return greedy parameters of an answer that has all its tokens."""
+    return greedy(max_tokens, ignore_eos=True)
+
+
+async def settled(llm: Equipped) -> None:
+    """Wait until what runs beside requests has ended."""
+    await until(lambda: llm.stats()["side_tasks"] == 0)
+
+
+@pytest.fixture
+def everything(
+    equip: Equip, analyser: SpacyAnalyser, embedder: MiniLmEmbedder, answer_store: PostgresAnswers
+) -> Equipped:
+    return equip(ALL_ON, analyser=analyser, embedder=embedder, store=answer_store)
+
+
+async def test_an_answer_outlives_the_memory(equip: Equip, answer_store: PostgresAnswers) -> None:
+    llm = equip(PLAIN, store=answer_store)
+    params = SamplingParams(
+        n=2, temperature=0.7, seed=3, max_tokens=5, logprobs=1, output_kind=RequestOutputKind.DELTA
+    )
+    made = await outputs_of(llm, "Outlive", params)
+    await settled(llm)
+    assert llm.forget() == 1
+    again = await outputs_of(llm, "Outlive", params, "again")
+    assert again[-1].metadata["tier"] == "store"
+    assert again[-1].metadata["cached"]
+    assert again[-1].metadata["processing_time"]["look_up"] > 0
+    assert joined(made, RequestOutputKind.DELTA) == joined(again, RequestOutputKind.DELTA)
+    third = await outputs_of(llm, "Outlive", params, "third")
+    assert third[-1].metadata["tier"] == "memory"
+    # Another engine of the same identity, in another process so to say.
+    other = await outputs_of(equip(PLAIN, store=answer_store), "Outlive", params)
+    assert other[-1].metadata["source_answer_id"] == again[-1].metadata["source_answer_id"]
+
+
+async def test_a_deferred_scope_stores_by_itself(
+    equip: Equip, answer_store: PostgresAnswers
+) -> None:
+    llm = equip(PLAIN, store=answer_store)
+    scope = RequestScope(deferred=True)
+    with scope.active():
+        await final_of(llm, "Deferred", greedy(4))
+    await settled(llm)
+    (entry,) = scope.report.entries
+    assert entry.answer is not None
+    assert not entry.stored
+    assert await answer_store.by_id("default", entry.answer.id) is None
+    await answer_store.put(entry.answer)
+    llm.forget()
+    with scope.active():
+        assert (await final_of(llm, "Deferred", greedy(4))).metadata["tier"] == "store"
+    assert scope.report.entries[1].stored
+
+
+async def test_neighbours_are_named_and_analyses_stored(everything: Equipped) -> None:
+    first = await final_of(everything, ASKED, greedy(8))
+    await settled(everything)
+    second = await final_of(everything, MEANT, greedy(8))
+    assert second.metadata["errors"] == {}
+    assert not second.metadata["cached"]
+    (near,) = second.metadata["similar"]
+    assert near["prompt"] == ASKED
+    assert near["answer_id"] == first.metadata["answer_id"]
+    assert near["similarity"] > 0.9
+    await settled(everything)
+    everything.forget()
+    again = await final_of(everything, MEANT, greedy(8))
+    assert again.metadata["tier"] == "store"
+    assert again.metadata["nlp_result"] == second.metadata["nlp_result"]
+    assert again.metadata["similar"] == second.metadata["similar"]
+
+
+async def test_each_clause_has_its_own_neighbours(everything: Equipped) -> None:
+    for prompt in (ASKED, "Who wrote Middlemarch?"):
+        await final_of(everything, prompt, greedy(3))
+    await settled(everything)
+    both = await final_of(
+        everything, "How do I bake sourdough bread, and who wrote Middlemarch?", greedy(3)
+    )
+    clauses = both.metadata["nlp_result"]["clauses"]
+    assert len(clauses) == 2
+    found = {near["prompt"]: near.get("clause") for near in both.metadata["similar"]}
+    assert set(found) == {ASKED, "Who wrote Middlemarch?"}
+    assert set(found.values()) <= {None, *clauses}
+
+
+async def test_what_is_late_reaches_the_store_only(
+    equip: Equip, analyser: SpacyAnalyser, answer_store: PostgresAnswers
+) -> None:
+    free = asyncio.Event()
+
+    class Slow:
+        pipeline = analyser.pipeline
+
+        async def analyse(self, text: str) -> Any:
+            await free.wait()
+            return await analyser.analyse(text)
+
+    llm = equip(HandlerConfig(enrichment_wait_s=0.01), analyser=Slow(), store=answer_store)
+    scope = RequestScope(deferred=True)
+    with scope.active():
+        output = await final_of(llm, "Late findings", greedy(3))
+    assert output.metadata["late"] == ["nlp"]
+    assert output.metadata["nlp_result"] is None
+    (entry,) = scope.report.entries
+    assert entry.answer is not None
+    await answer_store.put(entry.answer)
+    free.set()
+    await settled(llm)
+    kept = await answer_store.by_id("default", entry.answer.id)
+    assert kept is not None
+    assert kept.analysis is not None
+    assert (await final_of(llm, "Late findings", greedy(3))).metadata["nlp_result"] is not None
+
+
+async def test_an_answer_is_analysed_where_asked(
+    everything: Equipped, answer_store: PostgresAnswers
+) -> None:
+    plain, asked = RequestScope(), RequestScope(analyse_answer=True)
+    seen = []
+    for scope in (asked, asked, plain):
+        with scope.active():
+            seen.append((await final_of(everything, ASKED, full(20))).metadata)
+    assert seen[0]["answer_nlp_result"]["sentences"]
+    assert seen[1]["cached"]
+    assert seen[1]["answer_nlp_result"] == seen[0]["answer_nlp_result"]
+    # An answer that was stored without is analysed when it is given.
+    with plain.active():
+        bare = await final_of(everything, MEANT, full(20))
+    assert bare.metadata["answer_nlp_result"] is None
+    with asked.active():
+        given = await final_of(everything, MEANT, full(20))
+    assert given.metadata["cached"]
+    assert given.metadata["answer_nlp_result"]["sentences"]
+
+
+async def meant(
+    llm: Equipped, prompt: str = MEANT, max_tokens: int = 120, **fields: Any
+) -> tuple[Any, RequestScope]:
+    """Ask by meaning; return the final output and the scope."""
+    scope = RequestScope(reuse=SEMANTIC, **fields)
+    with scope.active():
+        output = await final_of(llm, prompt, full(max_tokens))
+    await settled(llm)
+    return output, scope
+
+
+async def decisions(database: Database) -> Sequence[Any]:
+    """Return the rows of the record of decisions."""
+    async with database.connection() as connection:
+        statement = text(
+            "SELECT answer_id, own_answer_id, similarity, served, shadow, rule, agreement "
+            "FROM reuse_decisions ORDER BY created_at"
+        )
+        return (await connection.execute(statement)).all()
+
+
+async def test_a_neighbours_answer_is_served_by_meaning(
+    everything: Equipped, database: Database
+) -> None:
+    stored = await final_of(everything, ASKED, full(120))
+    await settled(everything)
+    output, scope = await meant(everything)
+    data = output.metadata
+    assert (data["provenance"], data["cached"], data["tier"]) == ("semantic", True, "store")
+    assert data["source_answer_id"] == stored.metadata["answer_id"]
+    assert 0.9 < data["similarity"] < 1
+    assert output.text == stored.text
+    assert data["nlp_result"]["sentences"] == [MEANT]
+    assert output.prompt_token_ids != stored.prompt_token_ids
+    await idle(everything)
+    (decision,) = scope.report.decisions
+    assert decision.served
+    assert scope.report.entries[0].stored
+    (row,) = await decisions(database)
+    assert (row.served, row.shadow, row.rule) == (True, False, None)
+    assert str(row.answer_id) == data["source_answer_id"]
+    assert everything.stats()["hits"]["semantic/store"] == 1
+    # An answer by meaning is not kept as if it were the answer to these very words.
+    exact = await final_of(everything, MEANT, full(120))
+    assert exact.metadata["provenance"] == "generated"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields"),
+    [
+        ("How do I bake sourdough rolls?", {}),
+        ("How do I not bake sourdough bread?", {}),
+        (MEANT, {"threshold": 1.0}),
+        (MEANT, {"context": b"another system prompt"}),
+        (MEANT, {"namespace": "another"}),
+    ],
+)
+async def test_a_neighbour_that_differs_is_not_served(
+    everything: Equipped, prompt: str, fields: dict[str, Any]
+) -> None:
+    await final_of(everything, ASKED, full(60))
+    await settled(everything)
+    output, scope = await meant(everything, prompt, 60, **fields)
+    assert output.metadata["provenance"] == "generated"
+    assert all(decision.rule for decision in scope.report.decisions)
+    assert all(not decision.served for decision in scope.report.decisions)
+    if not fields:
+        assert scope.report.decisions
+
+
+async def test_other_parameters_are_another_scope(everything: Equipped) -> None:
+    await final_of(everything, ASKED, full(60))
+    await settled(everything)
+    output, scope = await meant(everything, MEANT, 61)
+    assert output.metadata["provenance"] == "generated"
+    assert scope.report.decisions == []
+
+
+async def test_who_leaves_by_meaning_hurts_nobody_on_the_flight(everything: Equipped) -> None:
+    await final_of(everything, ASKED, full(120))
+    await settled(everything)
+    params = full(120)
+    exact = await everything.add_request("exact", MEANT, params)
+    with RequestScope(reuse=SEMANTIC).active():
+        joined_in = await everything.add_request("meant", MEANT, params)
+    assert everything.stats()["coalesced"] == 1
+    served, generated = [
+        [output async for output in collector.aiter()][-1] for collector in (joined_in, exact)
+    ]
+    assert served.metadata["provenance"] == "semantic"
+    assert generated.metadata["provenance"] == "generated"
+    assert len(generated.outputs[0].token_ids) == 120
+
+
+class LateReuser:
+    """Finds an answer only when it is let."""
+
+    def __init__(self) -> None:
+        self.free = asyncio.Event()
+        self.answer: StoredAnswer | None = None
+
+    async def find_reusable(self, *args: Any, **kwargs: Any) -> Any:
+        await self.free.wait()
+        assert self.answer is not None
+        found = Considered(answer_id=self.answer.id, prompt=ASKED, similarity=0.99, served=True)
+        return self.answer, [found]
+
+
+async def test_once_something_was_handed_out_the_race_is_lost(
+    equip: Equip, analyser: SpacyAnalyser, embedder: MiniLmEmbedder, answer_store: PostgresAnswers
+) -> None:
+    reuser = LateReuser()
+    llm = equip(ALL_ON, analyser=analyser, embedder=embedder, store=answer_store, reuser=reuser)
+    keep = RequestScope()
+    with keep.active():
+        await final_of(llm, ASKED, greedy(8))
+    reuser.answer = keep.report.entries[0].answer
+    scope = RequestScope(reuse=SEMANTIC)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=8, output_kind=RequestOutputKind.DELTA, ignore_eos=True
+    )
+    with scope.active():
+        collector = await llm.add_request("slow race", MEANT, params)
+    outputs = [await collector.get()]
+    reuser.free.set()
+    outputs += [output async for output in collector.aiter()]
+    assert outputs[-1].metadata["provenance"] == "generated"
+    assert len(joined(outputs, RequestOutputKind.DELTA)[0][1]) == 8
+    assert scope.report.decisions == []
+    # Held up for ever, it holds up nothing, and leaves nothing behind.
+    reuser.free.clear()
+    with scope.active():
+        output = await final_of(llm, MEANT + " Please.", greedy(4))
+    assert output.metadata["provenance"] == "generated"
+    await settled(llm)
+
+
+async def test_shadow_mode_decides_and_serves_what_was_generated(
+    equip: Equip,
+    analyser: SpacyAnalyser,
+    embedder: MiniLmEmbedder,
+    answer_store: PostgresAnswers,
+    database: Database,
+) -> None:
+    config = ALL_ON.model_copy(update={"similarity": SimilarityConfig(shadow=True)})
+    llm = equip(config, analyser=analyser, embedder=embedder, store=answer_store)
+    stored = await final_of(llm, ASKED, full(24))
+    await settled(llm)
+    output, scope = await meant(llm, MEANT, 24)
+    assert output.metadata["provenance"] == "generated"
+    (decision,) = scope.report.decisions
+    assert decision.shadow
+    assert decision.served
+    assert str(decision.answer_id) == stored.metadata["answer_id"]
+    assert str(decision.own_answer_id) == output.metadata["answer_id"]
+    assert decision.agreement is not None
+    assert 0 < decision.agreement <= 1
+    (row,) = await decisions(database)
+    assert row.agreement == pytest.approx(decision.agreement)
+    assert isinstance(row.own_answer_id, UUID)
+
+
+async def test_without_postgres_the_answer_still_comes(
+    equip: Equip, analyser: SpacyAnalyser, embedder: MiniLmEmbedder, answer_store: PostgresAnswers
+) -> None:
+    store = Outage(answer_store)
+    llm = equip(ALL_ON, analyser=analyser, embedder=embedder, store=store)
+    llm._store_breaker._rest_s = 0.2
+    store.down = True
+    scope = RequestScope(reuse=SEMANTIC)
+    for number in range(4):
+        with scope.active():
+            output = await final_of(llm, f"Question {number}: what is rain?", greedy(4))
+        assert output.text
+        assert output.metadata["provenance"] == "generated"
+        assert "store" in output.metadata["errors"]
+        assert "similarity" in output.metadata["errors"]
+        assert output.metadata["nlp_result"] is not None
+    await settled(llm)
+    assert llm._store_breaker.failed >= 3
+    store.down = False
+    await until(lambda: not llm._store_breaker.open)
+    output = await final_of(llm, "Question 9: what is rain?", greedy(4))
+    assert "store" not in output.metadata["errors"]
+    await settled(llm)
+    llm.forget()
+    again = await final_of(llm, "Question 9: what is rain?", greedy(4))
+    assert again.metadata["tier"] == "store"
+
+
+async def test_a_database_that_is_gone(equip: Equip, stack: Any) -> None:
+    """A real driver's error, of a database that is not there."""
+    url = stack.database_url.replace("/promptmill", "/not_there")
+    database = Database(url)
+    llm = equip(PLAIN, store=PostgresAnswers(database))
+    output = await final_of(llm, "Gone", greedy(3))
+    assert output.text
+    assert "DatabaseUnavailableError" in output.metadata["errors"]["store"]
+    await settled(llm)
+    assert (await final_of(llm, "Gone", greedy(3))).metadata["tier"] == "memory"
+    await database.aclose()
