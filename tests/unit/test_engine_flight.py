@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import torch
+from vllm.outputs import PoolingOutput, PoolingRequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from tests.unit.engine_parts import Native, output, piece
+from tests.unit.engine_parts import Native, answer, output, piece
 from workers.engine.flight import Reader
+from workers.engine.replay import stream_of, with_outputs
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 
@@ -109,6 +112,33 @@ async def test_an_abort_gives_what_there_is_and_says_so() -> None:
         assert last.request_id == reader.request_id
     await flight.ended()
     assert native.aborted == ["native-1"]
+
+
+async def test_a_pooled_output_is_each_readers_own_and_stored_whole() -> None:
+    def pooled() -> PoolingRequestOutput:
+        data = torch.tensor([0.1, -2.5], dtype=torch.float32)
+        return PoolingRequestOutput("native", PoolingOutput(data), [1, 2], 0, True)
+
+    native = Native()
+    flight = native.flight()
+    readers = [flight.join(f"r{number}", FINAL_ONLY) for number in range(2)]
+    await flight.ready()
+    native.collector.put(pooled())
+    for reader in readers:
+        while (one := reader.get_nowait()) is None:
+            await reader.wait()
+        assert (one.request_id, one.outputs) == (reader.request_id, pooled().outputs)
+        one.prompt_token_ids.clear()
+        assert reader.get_nowait() is None
+    stored = with_outputs(answer(), flight.stream)
+    assert stored.kind == "pooling"
+    stream = stream_of(
+        stored, request_id="again", prompt=None, prompt_token_ids=(1, 2), lora_request=None
+    )
+    again = Reader(stream, request_id="again", kind=FINAL_ONLY).get_nowait()
+    assert again.outputs == pooled().outputs
+    assert again.outputs.data.dtype == torch.float32
+    assert (again.request_id, again.prompt_token_ids) == ("again", [1, 2])
 
 
 async def test_closed_by_its_owner_it_tells_its_readers() -> None:

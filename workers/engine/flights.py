@@ -255,6 +255,8 @@ class Flights:
         if notes.enrichment is not None:
             await notes.enrichment.wait()
             self._memory.complete(_complete(notes))
+            self._stats.took(notes.enrichment.findings.seconds)
+        self._stats.took(notes.seconds)
         store, answer = self._store, notes.answer
         if store is None or answer is None or not (notes.engine_stores or notes.late):
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ class EngineStats:
     generated: int = 0
     coalesced: int = 0
     hits: Counter[tuple[str, Provenance]] = field(default_factory=Counter)
+    stages: dict[str, tuple[int, float]] = field(default_factory=dict)  # times, and seconds in all
     decisions: Counter[str] = field(default_factory=Counter)  # served, or the rule that refused
 
     def hit(self, tier: str, kind: Provenance) -> None:
@@ -31,6 +32,16 @@ class EngineStats:
             kind: ``exact`` or ``semantic``.
         """
         self.hits[tier, kind] += 1
+
+    def took(self, seconds: Mapping[str, float]) -> None:
+        """Count how long stages took.
+
+        Args:
+            seconds: By stage.
+        """
+        for stage, took_s in seconds.items():
+            times, all_s = self.stages.get(stage, (0, 0.0))
+            self.stages[stage] = (times + 1, all_s + took_s)
 
     def decided(self, decision: Decision) -> None:
         """Count a decision for or against a neighbour's answer.
@@ -63,6 +74,10 @@ class EngineStats:
             "coalesced": self.coalesced,
             "hits": {f"{kind}/{tier}": count for (tier, kind), count in self.hits.items()},
             "hit_rate": served / self.requests if self.requests else 0.0,
+            "stages": {
+                stage: {"times": times, "seconds": round(all_s, 6)}
+                for stage, (times, all_s) in self.stages.items()
+            },
             "decisions": dict(self.decisions),
             "flights": flights,
             "side_tasks": side_tasks,
