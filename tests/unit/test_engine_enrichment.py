@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from tests.unit.engine_parts import LengthEmbedder, MemoryStore, WordAnalyser
-from workers.engine.config import Features, HandlerConfig, RetryConfig
+from workers.engine.config import Features, HandlerConfig, NlpConfig, RetryConfig
 from workers.engine.enrichment import Enrichers, EnrichmentRun
 from workers.engine.parts import Parts, complete
 from workers.engine.protocols import Analyser, AnswerStore, Embedder, Neighbour
@@ -104,6 +105,23 @@ async def test_who_waits_for_the_prompt_is_told_what_failed() -> None:
     await run.wait()
     assert (await run.prompt())[0] is None
     assert run.findings.running == set()
+
+
+async def test_what_a_part_cannot_take_at_once_waits_and_is_no_failure() -> None:
+    rig = Rig(CONFIG.model_copy(update={"nlp": NlpConfig(concurrency=2, budget_s=0.2)}))
+    rig.analyser.free.clear()
+    runs = [EnrichmentRun(rig.enrichers, f"text {number}", namespace="n") for number in range(5)]
+    await asyncio.sleep(0.01)
+    assert rig.analyser.calls == 2
+    rig.analyser.free.set()
+    for run in runs:
+        await run.wait()
+        assert run.findings.analysis is not None
+    gate = rig.enrichers._gates["nlp"]
+    for _ in range(2):
+        await gate.acquire()
+    assert "busy" in (await rig.run()).findings.errors["nlp"]
+    assert rig.enrichers.breakers["nlp"].failed == 0
 
 
 async def test_the_answer_is_a_stage_of_its_own() -> None:

@@ -79,6 +79,13 @@ class Enrichers:
             *(f"plugin:{plugin.name}" for plugin in self.plugins),
         ]
         self.breakers = {name: Breaker(name) for name in names}
+        # What the parts cannot take at once waits here, within its budget, and is no failure.
+        self._gates = {
+            "nlp": asyncio.Semaphore(config.nlp.concurrency),
+            # A prompt with many clauses takes more than one of the embedder's places.
+            "embedder": asyncio.Semaphore(max(1, config.similarity.concurrency // 4)),
+            "neighbours": asyncio.Semaphore(config.similarity.look_ups),
+        }
         self.disabled = {**self._why_disabled(), **(missing or {})}
 
     def _why_disabled(self) -> dict[str, str]:
@@ -100,6 +107,22 @@ class Enrichers:
         return self.analyser is not None or similarity or bool(self.plugins)
 
     async def _guarded(self, name: str, action: Callable[[], Awaitable[_T]], budget_s: float) -> _T:
+        """Run one stage in its turn, under its breaker and budget."""
+        gate = self._gates.get(name)
+        if gate is None:
+            return await self._tried(name, action, budget_s)
+        try:
+            async with asyncio.timeout(budget_s):
+                await gate.acquire()
+        except TimeoutError:
+            msg = f"{name} was busy for more than {budget_s:g} s"
+            raise TimeoutError(msg) from None
+        try:
+            return await self._tried(name, action, budget_s)
+        finally:
+            gate.release()
+
+    async def _tried(self, name: str, action: Callable[[], Awaitable[_T]], budget_s: float) -> _T:
         """Run one stage under its breaker and budget, and try again what may pass by."""
         retry = self.config.retry
         for attempt in range(1, retry.attempts + 1):
