@@ -268,6 +268,7 @@ async def test_leaving_the_iterator_aborts(plain: Equipped) -> None:
     await anext(outputs)
     await outputs.aclose()
     await idle(plain)
-    reader = asyncio.create_task(anext(plain.generate("One more story", params, "cancelled")))
-    await reader
+    generated = plain.generate("One more story", params, "generated")
+    await anext(generated)
+    await generated.aclose()
     await idle(plain)

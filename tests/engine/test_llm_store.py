@@ -94,6 +94,38 @@ async def test_an_answer_outlives_the_memory(equip: Equip, answer_store: Postgre
     assert other[-1].metadata["source_answer_id"] == again[-1].metadata["source_answer_id"]
 
 
+async def test_two_workers_generate_the_same_once(
+    equip: Equip, answer_store: PostgresAnswers
+) -> None:
+    workers = [equip(PLAIN, store=answer_store) for _ in range(3)]
+    finals = await asyncio.gather(
+        *(final_of(llm, "One of us", full(40), f"w{i}") for i, llm in enumerate(workers))
+    )
+    assert len({final.text for final in finals}) == 1
+    made = sorted(final.metadata["provenance"] for final in finals)
+    assert made == ["exact", "exact", "generated"]
+    assert sum(llm.stats()["generated"] for llm in workers) == 1
+    waited = [final for final in finals if final.metadata["cached"]]
+    assert all(final.metadata["processing_time"]["other_worker"] > 0 for final in waited)
+
+
+async def test_a_worker_that_gives_up_lets_the_other_generate(
+    equip: Equip, answer_store: PostgresAnswers
+) -> None:
+    first, second = (equip(PLAIN, store=answer_store) for _ in range(2))
+    collector = await first.add_request("first", "Given up", full(1000))
+    waiting = asyncio.create_task(final_of(second, "Given up", full(4)))
+    assert (await waiting).metadata["provenance"] == "generated"  # other parameters do not wait
+    waiting = asyncio.create_task(final_of(second, "Given up", full(1000), "second"))
+    await until(lambda: second.stats()["flights"] == 1)
+    await first.abort("first")
+    collector.close()
+    await until(lambda: second.get_num_unfinished_requests() == 1)
+    await until(lambda: first.stats()["side_tasks"] == 0)
+    await second.abort("second")
+    assert (await waiting).outputs[0].finish_reason == "abort"
+
+
 async def test_a_deferred_scope_stores_by_itself(
     equip: Equip, answer_store: PostgresAnswers
 ) -> None:
@@ -196,7 +228,7 @@ async def test_an_answer_is_analysed_where_asked(
 
 
 async def meant(
-    llm: Equipped, prompt: str = MEANT, max_tokens: int = 120, **fields: Any
+    llm: Equipped, prompt: str = MEANT, max_tokens: int = 48, **fields: Any
 ) -> tuple[Any, RequestScope]:
     """Ask by meaning; return the final output and the scope."""
     scope = RequestScope(reuse=SEMANTIC, **fields)
@@ -219,7 +251,7 @@ async def decisions(database: Database) -> Sequence[Any]:
 async def test_a_neighbours_answer_is_served_by_meaning(
     everything: Equipped, database: Database
 ) -> None:
-    stored = await final_of(everything, ASKED, full(120))
+    stored = await final_of(everything, ASKED, full(48))
     await settled(everything)
     output, scope = await meant(everything)
     data = output.metadata
@@ -238,7 +270,7 @@ async def test_a_neighbours_answer_is_served_by_meaning(
     assert str(row.answer_id) == data["source_answer_id"]
     assert everything.stats()["hits"]["semantic/store"] == 1
     # An answer by meaning is not kept as if it were the answer to these very words.
-    exact = await final_of(everything, MEANT, full(120))
+    exact = await final_of(everything, MEANT, full(48))
     assert exact.metadata["provenance"] == "generated"
 
 
@@ -255,9 +287,9 @@ async def test_a_neighbours_answer_is_served_by_meaning(
 async def test_a_neighbour_that_differs_is_not_served(
     everything: Equipped, prompt: str, fields: dict[str, Any]
 ) -> None:
-    await final_of(everything, ASKED, full(60))
+    await final_of(everything, ASKED, full(24))
     await settled(everything)
-    output, scope = await meant(everything, prompt, 60, **fields)
+    output, scope = await meant(everything, prompt, 24, **fields)
     assert output.metadata["provenance"] == "generated"
     assert all(decision.rule for decision in scope.report.decisions)
     assert all(not decision.served for decision in scope.report.decisions)
@@ -266,17 +298,17 @@ async def test_a_neighbour_that_differs_is_not_served(
 
 
 async def test_other_parameters_are_another_scope(everything: Equipped) -> None:
-    await final_of(everything, ASKED, full(60))
+    await final_of(everything, ASKED, full(24))
     await settled(everything)
-    output, scope = await meant(everything, MEANT, 61)
+    output, scope = await meant(everything, MEANT, 25)
     assert output.metadata["provenance"] == "generated"
     assert scope.report.decisions == []
 
 
 async def test_who_leaves_by_meaning_hurts_nobody_on_the_flight(everything: Equipped) -> None:
-    await final_of(everything, ASKED, full(120))
+    await final_of(everything, ASKED, full(48))
     await settled(everything)
-    params = full(120)
+    params = full(48)
     exact = await everything.add_request("exact", MEANT, params)
     with RequestScope(reuse=SEMANTIC).active():
         joined_in = await everything.add_request("meant", MEANT, params)
@@ -286,7 +318,7 @@ async def test_who_leaves_by_meaning_hurts_nobody_on_the_flight(everything: Equi
     ]
     assert served.metadata["provenance"] == "semantic"
     assert generated.metadata["provenance"] == "generated"
-    assert len(generated.outputs[0].token_ids) == 120
+    assert len(generated.outputs[0].token_ids) == 48
 
 
 class LateReuser:

@@ -13,6 +13,7 @@ from workers.engine.config import Features, HandlerConfig, NlpConfig, RetryConfi
 from workers.engine.enrichment import Enrichers, EnrichmentRun
 from workers.engine.parts import Parts, complete
 from workers.engine.protocols import Analyser, AnswerStore, Embedder, Neighbour
+from workers.engine.side_tasks import SideTasks
 
 CONFIG = HandlerConfig(retry=RetryConfig(attempts=2, wait_s=0.001))
 
@@ -22,12 +23,13 @@ class Rig:
 
     def __init__(self, config: HandlerConfig = CONFIG, **without: Any) -> None:
         self.analyser, self.embedder, self.store = WordAnalyser(), LengthEmbedder(), MemoryStore()
+        self.tasks = SideTasks()
         parts = {"analyser": self.analyser, "embedder": self.embedder, "store": self.store}
         self.enrichers = Enrichers(config, **{**parts, **without})
 
     async def run(self, text: str | None = "one") -> EnrichmentRun:
         """Run to the end."""
-        run = EnrichmentRun(self.enrichers, text, namespace="n")
+        run = EnrichmentRun(self.enrichers, text, namespace="n", tasks=self.tasks)
         await run.wait()
         return run
 
@@ -97,11 +99,11 @@ async def test_who_waits_for_the_prompt_is_told_what_failed() -> None:
     assert await (await rig.run()).prompt() == (None, None)
     rig = Rig()
     rig.analyser.free.clear()
-    run = EnrichmentRun(rig.enrichers, "one", namespace="n")
+    run = EnrichmentRun(rig.enrichers, "one", namespace="n", tasks=rig.tasks)
     await run.wait(0.01)
     assert not run.done
     assert run.findings.running >= {"nlp"}
-    run.cancel()
+    await rig.tasks.aclose()
     await run.wait()
     assert (await run.prompt())[0] is None
     assert run.findings.running == set()
@@ -110,7 +112,10 @@ async def test_who_waits_for_the_prompt_is_told_what_failed() -> None:
 async def test_what_a_part_cannot_take_at_once_waits_and_is_no_failure() -> None:
     rig = Rig(CONFIG.model_copy(update={"nlp": NlpConfig(concurrency=2, budget_s=0.2)}))
     rig.analyser.free.clear()
-    runs = [EnrichmentRun(rig.enrichers, f"text {number}", namespace="n") for number in range(5)]
+    runs = [
+        EnrichmentRun(rig.enrichers, f"text {number}", namespace="n", tasks=rig.tasks)
+        for number in range(5)
+    ]
     await asyncio.sleep(0.01)
     assert rig.analyser.calls == 2
     rig.analyser.free.set()
@@ -122,6 +127,17 @@ async def test_what_a_part_cannot_take_at_once_waits_and_is_no_failure() -> None
         await gate.acquire()
     assert "busy" in (await rig.run()).findings.errors["nlp"]
     assert rig.enrichers.breakers["nlp"].failed == 0
+
+
+async def test_once_nobody_wants_it_nothing_more_is_begun() -> None:
+    rig = Rig()
+    rig.store.near = [near("close", 0.9)]
+    run = EnrichmentRun(rig.enrichers, "first\nsecond", namespace="n", tasks=rig.tasks)
+    run.leave()
+    await run.wait()
+    assert run.findings.similar is None
+    assert rig.embedder.texts == ["first\nsecond"]
+    assert run.findings.errors == {}
 
 
 async def test_the_answer_is_a_stage_of_its_own() -> None:

@@ -31,6 +31,9 @@ class CacheConfig(_Values):
 
     reuse: Reuse = Field(Reuse.EXACT, description="what requests without a scope may be given")
     ttl_s: Seconds | None = Field(None, description="seconds an answer stays reusable")
+    flight_wait_s: float = Field(
+        5.0, ge=0, description="seconds to wait for another worker's answer to the same; 0 is never"
+    )
     memory_entries: int = Field(10_000, ge=0, description="answers in the memory tier")
     memory_bytes: int = Field(256 * 2**20, ge=0, description="bytes the memory tier may hold")
     memory_ttl_s: Seconds = Field(300.0, description="seconds an answer stays in memory")

@@ -72,10 +72,8 @@ class RequestDelivery:
         return self.race
 
     def handed_out(self) -> None:
-        """An output has gone to the consumer: the race is lost."""
-        if self.race is not None:
-            self.race.cancel()
-            self.race = None
+        """An output has gone to the consumer: the race is lost, and runs out by itself."""
+        self.race = None
 
     def arrived(self) -> None:
         """Note the time of the last token; the race is lost."""
@@ -99,10 +97,10 @@ class RequestDelivery:
             await run.wait(max(left_s, 0.0))
 
     def left(self) -> None:
-        """Stop the race, and the enrichment that ran for this request alone."""
+        """Let go of the race, and of the enrichment that ran for this request alone."""
         self.handed_out()
         if self.enrichment is not None:
-            self.enrichment.cancel()
+            self.enrichment.leave()
 
     def metadata(self, *, final: bool) -> dict[str, Any]:
         """Return the metadata of an output that is handed out now.

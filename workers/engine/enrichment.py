@@ -27,6 +27,7 @@ from workers.engine.protocols import (
     Neighbour,
     PartVector,
 )
+from workers.engine.side_tasks import SideTasks
 
 _T = TypeVar("_T")
 
@@ -239,19 +240,24 @@ class EnrichmentRun:
         enrichers: What to run.
         text: The prompt as people wrote it; None when only the answer is analysed.
         namespace: Tenant.
+        tasks: Owner of what runs.
     """
 
-    def __init__(self, enrichers: Enrichers, text: str | None, *, namespace: str) -> None:
+    def __init__(
+        self, enrichers: Enrichers, text: str | None, *, namespace: str, tasks: SideTasks
+    ) -> None:
         self.findings = Findings()
         self._enrichers = enrichers
         self._text = text or ""
         self._namespace = namespace
+        self._side_tasks = tasks
+        self._left = False
         loop = asyncio.get_running_loop()
         self._analysed: asyncio.Future[Analysis | None] = loop.create_future()
         self._embedded: asyncio.Future[PartVector | None] = loop.create_future()
         self._tasks: list[asyncio.Task[None]] = []
         if text:
-            self._tasks.append(asyncio.create_task(self._run(), name="promptmill-enrichment"))
+            self._tasks.append(tasks.spawn(self._run(), name="promptmill-enrichment"))
 
     @property
     def done(self) -> bool:
@@ -279,12 +285,14 @@ class EnrichmentRun:
         """
         if text and self._enrichers.analyser is not None:
             work = self._stage("answer_nlp", self._analyse_answer(text))
-            self._tasks.append(asyncio.create_task(work, name="promptmill-answer-analysis"))
+            self._tasks.append(self._side_tasks.spawn(work, name="promptmill-answer-analysis"))
 
-    def cancel(self) -> None:
-        """Stop it; what was found stays."""
-        for task in self._tasks:
-            task.cancel()
+    def leave(self) -> None:
+        """Begin nothing more, since nobody wants it; what has begun ends by itself.
+
+        It is not cancelled: a query cut half-way costs its connection.
+        """
+        self._left = True
 
     async def _run(self) -> None:
         enrichers = self._enrichers
@@ -333,6 +341,8 @@ class EnrichmentRun:
             _resolve(self._embedded, whole)
         finally:
             _resolve(self._embedded, None)
+        if self._left:
+            return
         found = await asyncio.gather(self._near([whole]), self._near_clauses())
         best: dict[UUID, Neighbour] = {}
         for near in itertools.chain(*found):
@@ -345,7 +355,7 @@ class EnrichmentRun:
     async def _near_clauses(self) -> list[Neighbour]:
         # The clauses come from the analysis; without it the prompt alone is looked up.
         analysis = await asyncio.shield(self._analysed)
-        if analysis is None or not analysis.clauses:
+        if analysis is None or not analysis.clauses or self._left:
             return []
         parts = await self._enrichers.embed(analysis.clauses, first=1)
         self.findings.vectors += parts

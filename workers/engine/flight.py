@@ -227,7 +227,7 @@ class Flight:
         self._start = start
         self._abort = abort
         self._landed = landed
-        self._gone = gone
+        self._on_gone = gone
         self._ready = asyncio.Event()
         self._task = asyncio.create_task(self._fly(), name="promptmill-flight")
 
@@ -261,8 +261,12 @@ class Flight:
 
     def _abandon(self) -> None:
         if not self.stream.finished:
-            self._gone(self)
+            self._is_gone()
             self._task.cancel()
+
+    def _is_gone(self) -> None:
+        gone, self._on_gone = self._on_gone, _nothing
+        gone(self)
 
     async def _fly(self) -> None:
         stream = self.stream
@@ -287,7 +291,7 @@ class Flight:
         except Exception as exc:  # noqa: BLE001  it reaches every reader, whatever it is
             stream.error = exc
         finally:
-            self._gone(self)
+            self._is_gone()
             self._ready.set()
             stream.publish()
             if self.native is not None:
@@ -305,3 +309,7 @@ class Flight:
                 # Memory has it before anybody is told, so that nobody can fall between.
                 return
             stream.publish()
+
+
+def _nothing(_: Flight) -> None:
+    """What is done a second time."""

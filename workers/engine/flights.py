@@ -5,32 +5,25 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 from uuid import uuid4
 
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from schema.jobs import Provenance
 from workers.cache.memory import MemoryCache
-from workers.engine.breaker import Breaker
 from workers.engine.config import HandlerConfig
 from workers.engine.delivery import ANSWER_NLP, RequestDelivery
+from workers.engine.durable import DurableTier
 from workers.engine.enrichment import Enrichers, EnrichmentRun
 from workers.engine.flight import Flight, Reader, Stream
-from workers.engine.notes import FlightNotes, Reused
+from workers.engine.notes import FlightNotes
 from workers.engine.plan import RequestPlan
-from workers.engine.protocols import AnswerStore, StoredAnswer
-from workers.engine.replay import NotStorableError, stream_of, with_outputs
+from workers.engine.protocols import StoredAnswer
+from workers.engine.replay import NotStorableError, with_outputs
 from workers.engine.scope import RequestScope
 from workers.engine.side_tasks import SideTasks
 from workers.engine.stats import EngineStats
-
-#: Seconds the store may take to look up one answer before generation starts without it.
-_LOOK_UP_BUDGET_S = 1.0
-#: Seconds the store may take to write one answer.
-_STORE_BUDGET_S = 10.0
 
 
 class Flights:
@@ -40,8 +33,7 @@ class Flights:
         config: What is switched on, and how long answers live.
         enrichers: What runs beside a generation.
         memory: The first tier.
-        store: The tier behind it, or None.
-        breaker: Of the store.
+        durable: The tier behind it.
         stats: Counts.
         tasks: Owner of what runs after a generation.
         engine: Digest of the engine's identity.
@@ -56,8 +48,7 @@ class Flights:
         config: HandlerConfig,
         enrichers: Enrichers,
         memory: MemoryCache,
-        store: AnswerStore | None,
-        breaker: Breaker,
+        durable: DurableTier,
         stats: EngineStats,
         tasks: SideTasks,
         engine: bytes,
@@ -68,8 +59,7 @@ class Flights:
         self._config = config
         self._enrichers = enrichers
         self._memory = memory
-        self._store = store
-        self._breaker = breaker
+        self._durable = durable
         self._stats = stats
         self._tasks = tasks
         self._engine = engine
@@ -145,7 +135,7 @@ class Flights:
 
         async def look_up(stream: Stream) -> bool:
             try:
-                found = await self._look_up(stream, planned, scope, flight.notes)
+                found = await self._durable.look_up(stream, planned, scope, flight.notes)
                 if not found:
                     flight.notes.enrichment = self.enrich(planned, scope)
             finally:
@@ -156,8 +146,10 @@ class Flights:
             if self._by_name.get(name) is ended:
                 del self._by_name[name]
             ended.notes.looked_up.set()
-            if ended.notes.enrichment is not None and ended.notes.answer is None:
-                ended.notes.enrichment.cancel()
+            if ended.notes.answer is None:
+                if ended.notes.enrichment is not None:
+                    ended.notes.enrichment.leave()
+                self._durable.unmark(ended.notes, planned, scope)
 
         flight = Flight(
             look_up=look_up,
@@ -170,31 +162,6 @@ class Flights:
         self._by_name[name] = flight
         return flight
 
-    async def _look_up(
-        self, stream: Stream, planned: RequestPlan, scope: RequestScope, notes: FlightNotes
-    ) -> bool:
-        """Fill the stream from the store, if it has the answer."""
-        store = self._store
-        if store is None:
-            return False
-        started = time.perf_counter()
-        try:
-            answer = await self._breaker.call(
-                lambda: store.get(scope.namespace, planned.key or b""), budget_s=_LOOK_UP_BUDGET_S
-            )
-        except Exception as exc:  # noqa: BLE001  without the store, vLLM answers; it was counted
-            notes.errors["store"] = f"{type(exc).__name__}: {exc}"
-            return False
-        notes.seconds["look_up"] = time.perf_counter() - started
-        if answer is None:
-            return False
-        self._memory.put(answer)
-        self._stats.hit("store", Provenance.EXACT)
-        notes.reused = Reused(answer=answer, provenance=Provenance.EXACT, tier="store")
-        filled = replayed(answer, planned)
-        stream.transcript, stream.pooled = filled.transcript, filled.pooled
-        return True
-
     def enrich(self, planned: RequestPlan, scope: RequestScope) -> EnrichmentRun | None:
         """Start the enrichment of a request's prompt; None when there is nothing to do.
 
@@ -205,7 +172,7 @@ class Flights:
         text = scope.text or planned.text
         if not text or not self._enrichers.active:
             return None
-        return EnrichmentRun(self._enrichers, text, namespace=scope.namespace)
+        return EnrichmentRun(self._enrichers, text, namespace=scope.namespace, tasks=self._tasks)
 
     def _landed(
         self, flight: Flight, planned: RequestPlan, scope: RequestScope, started: float
@@ -224,11 +191,11 @@ class Flights:
         notes.answer = answer
         if notes.analyse_answer and answer.completions:
             notes.enrichment = notes.enrichment or EnrichmentRun(
-                self._enrichers, None, namespace=scope.namespace
+                self._enrichers, None, namespace=scope.namespace, tasks=self._tasks
             )
             notes.enrichment.analyse_answer(answer.completions[0].text)
         self._memory.put(answer)
-        self._tasks.spawn(self._keep(notes), name="promptmill-keep")
+        self._tasks.spawn(self._keep(notes, planned, scope), name="promptmill-keep")
 
     def _unanswered(
         self, planned: RequestPlan, scope: RequestScope, engine_s: float
@@ -250,37 +217,15 @@ class Flights:
             expires_at=now + ttl_s if ttl_s else None,
         )
 
-    async def _keep(self, notes: FlightNotes) -> None:
+    async def _keep(self, notes: FlightNotes, planned: RequestPlan, scope: RequestScope) -> None:
         """Complete the answer once enrichment has ended, and store it unless somebody else does."""
         if notes.enrichment is not None:
             await notes.enrichment.wait()
             self._memory.complete(_complete(notes))
             self._stats.took(notes.enrichment.findings.seconds)
         self._stats.took(notes.seconds)
-        store, answer = self._store, notes.answer
-        if store is None or answer is None or not (notes.engine_stores or notes.late):
-            return
-        try:
-            await self._breaker.call(lambda: store.put(answer), budget_s=_STORE_BUDGET_S)
-        except Exception as exc:  # noqa: BLE001  the answer was given; it was counted and logged
-            notes.errors["store"] = f"{type(exc).__name__}: {exc}"
-
-
-def replayed(answer: StoredAnswer, planned: RequestPlan) -> Stream:
-    """Return a finished stream that replays an answer for a request.
-
-    Args:
-        answer: Stored earlier.
-        planned: The request.
-    """
-    call: dict[str, Any] = planned.call
-    return stream_of(
-        answer,
-        request_id=call["request_id"],
-        prompt=planned.text,
-        prompt_token_ids=planned.prompt_token_ids,
-        lora_request=call.get("lora_request"),
-    )
+        if notes.engine_stores or notes.late:
+            await self._durable.keep(notes, planned, scope)
 
 
 def _complete(notes: FlightNotes) -> StoredAnswer:

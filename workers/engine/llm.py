@@ -29,9 +29,10 @@ from workers.engine.config import HandlerConfig
 from workers.engine.construction import Signature, native_arguments
 from workers.engine.decisions import DecisionLog
 from workers.engine.delivery import ANSWER_NLP, RequestDelivery
+from workers.engine.durable import DurableTier, replayed
 from workers.engine.enrichment import Enrichers, EnrichmentRun
 from workers.engine.flight import Flight, NativeSource, Reader, Source
-from workers.engine.flights import Flights, replayed
+from workers.engine.flights import Flights
 from workers.engine.identity import engine_digest
 from workers.engine.notes import Reused
 from workers.engine.parts import Parts, complete, default_parts
@@ -234,8 +235,14 @@ class EnhancedAsyncLLM(AsyncLLM):
             config=config,
             enrichers=self.enrichers,
             memory=self.memory,
-            store=parts.store,
-            breaker=self._store_breaker,
+            durable=DurableTier(
+                store=parts.store,
+                wait_s=config.cache.flight_wait_s,
+                memory=self.memory,
+                breaker=self._store_breaker,
+                stats=self._stats,
+                tasks=self._side_tasks,
+            ),
             stats=self._stats,
             tasks=self._side_tasks,
             engine=self.identity,
@@ -347,6 +354,9 @@ class EnhancedAsyncLLM(AsyncLLM):
             return
         if ANSWER_NLP not in reused.answer.enrichments:
             delivery.enrichment = EnrichmentRun(
-                self.enrichers, None, namespace=delivery.scope.namespace
+                self.enrichers,
+                None,
+                namespace=delivery.scope.namespace,
+                tasks=self._side_tasks,
             )
             delivery.enrichment.analyse_answer(reused.answer.completions[0].text)

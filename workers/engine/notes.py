@@ -34,4 +34,5 @@ class FlightNotes:
     not_storable: str | None = None  # why there is no answer to keep
     analyse_answer: bool = False  # one of its readers wants the answer analysed
     engine_stores: bool = False  # one of its readers leaves storing to the engine
+    marked: bool = False  # other workers are told that this one generates
     late: bool = False  # a final output went out before enrichment had ended

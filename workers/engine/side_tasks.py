@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 class SideTasks:
@@ -27,6 +29,18 @@ class SideTasks:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def finish(self, work: Coroutine[Any, Any, _T], *, name: str) -> _T:
+        """Await a coroutine that goes on to its end when its caller is cancelled.
+
+        A database query that is cancelled half-way costs its connection, so it is let finish.
+
+        Args:
+            work: Bounded in time.
+            name: Of the task.
+        """
+        result: _T = await asyncio.shield(self.spawn(work, name=name))
+        return result
 
     def cancel(self) -> None:
         """Cancel all of them, from whatever thread."""
