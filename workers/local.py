@@ -150,8 +150,9 @@ def _prepare(data_dir: Path) -> privileges.Account:
     home = data_dir / _HOME
     try:
         if not data_dir.exists():
-            # The servers' user has to pass through root's folder; their own is closed.
-            data_dir.mkdir(mode=0o711 if as_root else 0o700, parents=True)
+            # The servers' user has to pass through root's folder; their own is closed. Another
+            # process may be making it at this moment.
+            data_dir.mkdir(mode=0o711 if as_root else 0o700, parents=True, exist_ok=True)
         home.mkdir(mode=0o700, exist_ok=True)
         if not as_root:
             if not os.access(home, os.R_OK | os.W_OK | os.X_OK):

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ import pytest
 import redis
 
 from schema.errors import ConfigurationError, StackError
-from workers import bundled, local, servers
+from workers import bundled, local, privileges, servers
 from workers.privileges import SERVICE_ACCOUNT
 
 if TYPE_CHECKING:
@@ -165,6 +167,19 @@ def test_two_who_start_at_once_share_one_stack(data_dir: Path) -> None:
         for user in users:
             user.leave()
     wait_until_gone(data_dir)
+
+
+def test_many_who_make_the_folder_at_once_agree_on_it(tmp_path: Path) -> None:
+    for attempt in range(20):
+        together = threading.Barrier(8)
+
+        def prepare(folder: Path, together: threading.Barrier = together) -> privileges.Account:
+            together.wait()
+            return local._prepare(folder)
+
+        with ThreadPoolExecutor(8) as threads:
+            folders = [tmp_path / f"{attempt}" / "data"] * 8
+            assert len(set(threads.map(prepare, folders))) == 1
 
 
 def test_a_second_user_joins_and_keeps_the_stack_up(data_dir: Path) -> None:
