@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -72,8 +73,16 @@ async def llm() -> AsyncIterator[EnhancedAsyncLLM]:
     yield llm
     await llm.aclose()
     await llm.aclose()
-    left = [child.name() for child in psutil.Process().children(recursive=True)]
-    assert not [name for name in left if name.startswith("VLLM")]
+    # vLLM kills what does not end in its time, and does not wait for the kill.
+    left = [child for child in psutil.Process().children(recursive=True) if _is_vllms(child)]
+    _, alive = psutil.wait_procs(left, timeout=60)
+    assert not alive
+
+
+def _is_vllms(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE and process.name().startswith("VLLM")
+    return False
 
 
 @pytest.fixture(scope="session")
