@@ -20,6 +20,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.figures import Figure, flattened
+
 for _name, _value in {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -325,6 +327,36 @@ async def measure(rounds: int) -> dict[str, Any]:
             results["failures"] = llm.stats()["failures"]
         await database.aclose()
     return results
+
+
+def figures(*, quick: bool) -> list[Figure]:
+    """Measure everything; a shorter run takes one round of each engine.
+
+    Args:
+        quick: Whether it shall be short.
+    """
+    found = asyncio.run(measure(1 if quick else 3))
+    exact, everything = found["exact_alone"], found["everything_on"]
+    beside = f"plain: {exact['plain_tokens_per_s']:.0f} tokens/s"
+    aimed: dict[str, dict[str, Any]] = {
+        "exact_alone.ratio": {"at_least": 0.97, "comparison": beside},
+        "everything_on.ratio": {
+            "at_least": 0.85,
+            "comparison": f"plain: {everything['plain_tokens_per_s']:.0f} tokens/s",
+        },
+        "hit_from_memory.p50_ms": {"at_most": 0.2},
+        "hit_from_postgres.p50_ms": {"at_most": 2.0},
+    }
+    return [
+        Figure(name=name, value=value, unit=_unit(name), **aimed.get(name, {}))
+        for name, value in flattened(found)
+    ]
+
+
+def _unit(name: str) -> str:
+    if name.endswith("tokens_per_s"):
+        return "tokens/s"
+    return "ms" if "ms" in name.rsplit(".", 1)[-1].split("_") else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,25 @@
+"""Which benchmarks there are.
+
+To add one, write ``tests/benchmarks/NAME.py`` with a function ``figures(*, quick: bool)`` that
+returns `tests.benchmarks.figures.Figure` values, end it with
+``if __name__ == "__main__": alone(figures, __doc__)``, and name it here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One module of this package."""
+
+    name: str
+    about: str  # what it answers, in a few words
+    most_s: float = 1800.0  # seconds after which it is given up
+
+
+BENCHMARKS = (
+    Benchmark(name="engine", about="the enhanced engine beside plain AsyncLLM"),
+    Benchmark(name="against_run_batch", about="batch files beside vLLM's own run_batch"),
+)

@@ -1,0 +1,78 @@
+"""The runner of the benchmarks: goes on when one fails, and says so."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import __main__ as runner
+from tests.benchmarks import chat_rows
+from tests.benchmarks.figures import Figure, flattened, packed, unpacked
+from tests.benchmarks.registry import BENCHMARKS, Benchmark
+
+
+@pytest.mark.parametrize(
+    ("figure", "met"),
+    [
+        (Figure(name="ratio", value=1.0), None),
+        (Figure(name="ratio", value=0.97, at_least=0.97), True),
+        (Figure(name="ratio", value=0.96, at_least=0.97), False),
+        (Figure(name="p50", value=2.1, unit="ms", at_most=2.0), False),
+        (Figure(name="p50", value=float("nan"), at_most=2.0), False),
+    ],
+)
+def test_a_figure_knows_whether_it_meets_its_target(figure: Figure, met: bool | None) -> None:
+    """A figure that is no number meets none."""
+    assert figure.met is met
+
+
+def test_figures_pass_from_process_to_process() -> None:
+    """Nothing is lost on the way."""
+    found = [Figure(name="ratio", value=1.5, at_least=1.25, comparison="peer: 3 rows/s")]
+    assert unpacked(packed(found)) == found
+
+
+def test_nested_results_become_dotted_names() -> None:
+    """Numbers only."""
+    found = {"a": 1, "b": {"c": 2.5, "d": "text", "e": True}}
+    assert dict(flattened(found)) == {"a": 1.0, "b.c": 2.5}
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda one: one.name)
+def test_every_benchmark_offers_figures(benchmark: Benchmark) -> None:
+    """A registered module has the function that the runner calls."""
+    source = Path(runner.__file__).with_name(f"{benchmark.name}.py").read_text()
+    functions = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
+    assert "figures" in functions
+    assert [given.arg for given in functions["figures"].args.kwonlyargs] == ["quick"]
+
+
+def test_one_that_fails_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit status says it, and so do table and file."""
+    names = ("missing", "chat_rows")
+    monkeypatch.setattr(
+        runner, "BENCHMARKS", [Benchmark(name=name, about="a test") for name in names]
+    )
+    written = tmp_path / "benchmarks.json"
+    assert runner.main(["--quick", "--output", str(written)]) == 1
+    found = json.loads(written.read_text())["benchmarks"]
+    assert set(found) == set(names)
+    assert all(one["error"] and not one["figures"] for one in found.values())
+    assert "FAILED: missing, chat_rows" in capsys.readouterr().out
+
+
+def test_made_files_hold_what_they_promise(tmp_path: Path) -> None:
+    """One file of distinct questions, one in which three of ten repeat."""
+    cold, repeats = chat_rows.write_files(tmp_path, rows=100)
+    asked = [
+        [json.loads(line)["body"]["messages"][0]["content"] for line in path.open()]
+        for path in (cold, repeats)
+    ]
+    assert [len(rows) for rows in asked] == [100, 100]
+    assert [len(set(rows)) for rows in asked] == [100, 70]
+    assert not set(asked[0]) & set(asked[1])
