@@ -8,31 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from schema.errors import ConfigurationError, EngineGoneError, InvalidRequestError
+from workers.worker_process import STOP_GRACE_S, SUPERVISED, WorkerProcess
 
 if TYPE_CHECKING:
     from workers.settings import Settings
 
-#: What a worker prints once it takes jobs.
-READY = "promptmill worker ready"
-#: Variable that tells a worker to end with the process that started it.
-SUPERVISED = "PROMPTMILL_SUPERVISED"
-_LAST_WORDS = 40  # lines of a dead worker that are shown
-_QUICK_DEATH_S = 60.0  # a worker that lived shorter failed at its start
-_MOST_QUICK_DEATHS = 3
-_BACKOFF_S = (0.0, 1.0, 5.0)
-_STOP_GRACE_S = 15.0  # beyond the drain, for the engine to end
+_LOOK_S = 0.05
 
 
 def end_with_starter(*, drain_s: float) -> None:
@@ -48,7 +38,7 @@ def end_with_starter(*, drain_s: float) -> None:
         while os.read(0, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(drain_s + _STOP_GRACE_S)
+        time.sleep(drain_s + STOP_GRACE_S)
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, name="promptmill-starter", daemon=True).start()
@@ -122,110 +112,6 @@ def cpu_cores(workers: int) -> list[str]:
     return [",".join(map(str, cores[at * share : (at + 1) * share])) for at in range(workers)]
 
 
-@dataclass
-class WorkerProcess:
-    """One worker, started anew when it dies.
-
-    Args:
-        device: What it is pinned to.
-        command: Of ``promptmill worker``.
-        environment: Beside this process' own.
-        on_event: Told what happens, in words.
-    """
-
-    device: Device
-    command: list[str]
-    environment: dict[str, str]
-    on_event: Callable[[str], None]
-    ready: threading.Event = field(default_factory=threading.Event)
-    given_up: threading.Event = field(default_factory=threading.Event)
-    last_words: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_WORDS))
-    process: subprocess.Popen[str] | None = None
-    took_jobs: bool = False  # in its present life
-    _stopping: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Start it, and watch it from a thread."""
-        self._thread = threading.Thread(
-            target=self._watch, name=f"worker-{self.device.name}", daemon=True
-        )
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ask it to finish what runs and end; `join` waits."""
-        self._stopping.set()
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until it has ended; kill it when it takes too long.
-
-        Args:
-            timeout_s: Seconds.
-        """
-        if self.process is not None:
-            try:
-                self.process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self._kill()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
-
-    def _watch(self) -> None:
-        quick_deaths = 0
-        while not self._stopping.is_set():
-            started = time.monotonic()
-            self.took_jobs = False
-            code = self._run_once()
-            was_ready = self.took_jobs
-            if self._stopping.is_set():
-                return
-            lived_s = time.monotonic() - started
-            # One that never took a job failed at its start, however long that took.
-            failed = lived_s < _QUICK_DEATH_S or not was_ready
-            quick_deaths = quick_deaths + 1 if failed else 0
-            if quick_deaths >= _MOST_QUICK_DEATHS or (code == 2 and not self.ready.is_set()):
-                self.on_event(f"worker on {self.device.name} is given up: it ended with {code}")
-                self.given_up.set()
-                return
-            wait_s = _BACKOFF_S[min(quick_deaths, len(_BACKOFF_S) - 1)]
-            self.on_event(
-                f"worker on {self.device.name} ended with {code}; started anew in {wait_s:g} s"
-            )
-            self._stopping.wait(wait_s)
-
-    def _run_once(self) -> int:
-        self.process = subprocess.Popen(
-            self.command,
-            env={**os.environ, **self.environment, SUPERVISED: "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            # Never written to: its end tells the worker that whoever started it is gone.
-            stdin=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            # A session of its own: Ctrl-C reaches it through us, after which it drains.
-            start_new_session=True,
-        )
-        for line in self.process.stdout or ():
-            if line.strip() == READY:
-                self.took_jobs = True
-                self.ready.set()
-                self.on_event(f"worker on {self.device.name} is ready")
-            else:
-                self.last_words.append(line.rstrip())
-        code = self.process.wait()
-        # What it started (vLLM's engine) is in its session; none may outlive it.
-        self._kill()
-        return code
-
-    def _kill(self) -> None:
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-
-
 class Fleet:
     """The workers of this machine.
 
@@ -245,7 +131,7 @@ class Fleet:
         on_event: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self.settings = settings
-        self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._stop_by = float("inf")  # by the clock of `time.monotonic`
         on_cpu = [device for device in devices if not device.gpus]
         cores = cpu_cores(len(on_cpu)) if len(on_cpu) > 1 else []
         self.workers = []
@@ -257,9 +143,9 @@ class Fleet:
             command += [f"--vllm-arg={word}" for word in (*device.engine_args(), *engine_args)]
             self.workers.append(
                 WorkerProcess(
-                    device=device,
+                    name=device.name,
                     command=command,
-                    environment={**environment, **_settings_environment(settings)},
+                    environment={**os.environ, **environment, **_settings_environment(settings)},
                     on_event=on_event,
                 )
             )
@@ -283,9 +169,9 @@ class Fleet:
             for worker in self.workers:
                 if worker.given_up.is_set() or time.monotonic() > end:
                     words = "\n".join(worker.last_words)
-                    msg = f"the worker on {worker.device.name} did not start; its last words:\n"
+                    msg = f"the worker on {worker.name} did not start; its last words:\n"
                     raise EngineGoneError(msg + words)
-            time.sleep(0.05)
+            time.sleep(_LOOK_S)
 
     @property
     def given_up(self) -> bool:
@@ -294,10 +180,23 @@ class Fleet:
 
     def stop(self) -> None:
         """Let every worker finish what runs, then end it."""
+        if self._stop_by == float("inf"):
+            self._stop_by = time.monotonic() + self.settings.drain_s + STOP_GRACE_S
+            for worker in self.workers:
+                worker.stop()
+        while any(worker.alive for worker in self.workers) and time.monotonic() < self._stop_by:
+            time.sleep(_LOOK_S)
         for worker in self.workers:
-            worker.stop()
+            worker.join(0)
+
+    def stop_now(self) -> None:
+        """Let every worker hand back what it runs and end; `stop` waits for it.
+
+        It may be called while `stop` waits, from a handler of a signal.
+        """
+        self._stop_by = min(self._stop_by, time.monotonic() + STOP_GRACE_S)
         for worker in self.workers:
-            worker.join(self.settings.drain_s + _STOP_GRACE_S)
+            worker.stop(signal.SIGQUIT)
 
 
 def _settings_environment(settings: Settings) -> dict[str, str]:
@@ -356,10 +255,16 @@ def up(
     from workers import endpoints
 
     found = endpoints.find(settings)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     fleet = Fleet(settings, devices_for(gpus, workers), engine_args=engine_args, on_event=on_event)
+    stop = threading.Event()
+
+    def told_to_stop(number: int, _frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            fleet.stop_now()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, told_to_stop)
     try:
         fleet.start()
         _wait_ready_or(stop, fleet)

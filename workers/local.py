@@ -23,6 +23,7 @@ from workers import privileges
 from workers.bundled import BUNDLED_MODEL_NAME, bundled_model
 from workers.settings import load_settings
 from workers.supervisor import STATE_FILE
+from workers.worker_process import FAMILY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,7 +210,12 @@ def _launch(
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 cwd="/",
-                env={k: v for k, v in os.environ.items() if not k.startswith("PG")},
+                # Nor is it of the family of the worker that happens to start it.
+                env={
+                    name: value
+                    for name, value in os.environ.items()
+                    if not name.startswith("PG") and name != FAMILY
+                },
                 check=False,
             )
             theirs.close()

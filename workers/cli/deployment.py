@@ -92,7 +92,8 @@ def worker(
     need_worker_package()
     settings = settings_with(model=model)
     from workers import endpoints, serving
-    from workers.devices import READY, end_with_starter
+    from workers.devices import end_with_starter
+    from workers.worker_process import READY
 
     end_with_starter(drain_s=settings.drain_s)
     # Before vLLM is imported, which reads the environment as it is then.

@@ -1,0 +1,115 @@
+"""A worker's process is replaced when it dies, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from workers.worker_process import READY, WorkerProcess
+
+DEADLINE_S = 60.0
+# Two children that hold its output open: one in a group, one in a session of its own.
+_LEAVES_CHILDREN = f"""
+import subprocess, sys, time
+group = subprocess.Popen(["sleep", "600"], process_group=0)
+session = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=1)
+print("children", group.pid, session.pid, flush=True)
+print({READY!r}, flush=True)
+time.sleep(600)
+"""
+_HEEDS_NOTHING = f"""
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print({READY!r}, flush=True)
+time.sleep(600)
+"""
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, "it did not come about in time"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[[str], WorkerProcess]]:
+    """Makes workers of a script; they are ended afterwards."""
+    made: list[WorkerProcess] = []
+
+    def of(script: str) -> WorkerProcess:
+        worker = WorkerProcess(
+            name="test",
+            command=[sys.executable, "-c", script],
+            environment=os.environ,
+            on_event=lambda _: None,
+        )
+        made.append(worker)
+        worker.start()
+        return worker
+
+    yield of
+    for worker in made:
+        worker.stop(signal.SIGKILL)
+        worker.join(DEADLINE_S)
+
+
+def children_of(worker: WorkerProcess) -> list[int]:
+    until(lambda: any("children" in line for line in worker.last_words) and worker.took_jobs)
+    line = next(line for line in worker.last_words if "children" in line)
+    return [int(word) for word in line.split()[1:]]
+
+
+def test_a_killed_worker_is_replaced_though_its_children_hold_its_output(
+    make: Callable[[str], WorkerProcess],
+) -> None:
+    worker = make(_LEAVES_CHILDREN)
+    children = children_of(worker)
+    assert worker.process is not None
+    dead = worker.process.pid
+    os.kill(dead, signal.SIGKILL)
+    until(lambda: worker.process is not None and worker.process.pid != dead)
+    assert all(gone(child) for child in children)
+
+
+def test_a_worker_that_is_stopped_takes_its_children_along(
+    make: Callable[[str], WorkerProcess],
+) -> None:
+    worker = make(_LEAVES_CHILDREN)
+    children = children_of(worker)
+    worker.stop()
+    worker.join(DEADLINE_S)
+    assert not worker.alive
+    assert all(gone(child) for child in children)
+
+
+def test_a_worker_that_does_not_end_is_killed(make: Callable[[str], WorkerProcess]) -> None:
+    worker = make(_HEEDS_NOTHING)
+    until(worker.ready.is_set)
+    worker.stop()
+    worker.join(0.1)
+    assert not worker.alive
+    assert not worker.given_up.is_set()
+
+
+def test_one_that_dies_again_and_again_at_its_start_is_given_up(
+    make: Callable[[str], WorkerProcess],
+) -> None:
+    worker = make("import sys; print('no engine'); sys.exit(7)")
+    until(worker.given_up.is_set)
+    assert "no engine" in worker.last_words
+    worker.join(DEADLINE_S)
+    assert not worker.alive
