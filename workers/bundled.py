@@ -53,8 +53,8 @@ def bundled_model(cache_dir: Path | None = None, *, convert: Converter | None = 
         StackError: The conversion failed.
     """
     gguf = _gguf_file()
-    models = (cache_dir or load_settings().cache_dir) / "models"
-    target = models / f"{BUNDLED_MODEL_NAME}-{_recipe_digest(gguf)}"
+    target = bundled_folder(cache_dir)
+    models = target.parent
     if target.is_dir():
         return target
     from filelock import FileLock, Timeout
@@ -74,6 +74,19 @@ def bundled_model(cache_dir: Path | None = None, *, convert: Converter | None = 
         )
         raise ConfigurationError(msg) from error
     return target
+
+
+def bundled_folder(cache_dir: Path | None = None) -> Path:
+    """Return where the bundled model is once it was converted; nothing is converted.
+
+    Args:
+        cache_dir: Folder to keep it in; None takes ``PROMPTMILL_CACHE_DIR``.
+
+    Raises:
+        ConfigurationError: The package with the model is not installed.
+    """
+    models = (cache_dir or load_settings().cache_dir) / "models"
+    return models / f"{BUNDLED_MODEL_NAME}-{_recipe_digest(_gguf_file())}"
 
 
 def _gguf_file() -> Path:

@@ -95,6 +95,12 @@ def parse_gpus(text: str) -> list[Device]:
     return [Device(gpus=group) for group in groups]
 
 
+def visible_devices() -> list[str]:
+    """Return what this process' own CUDA_VISIBLE_DEVICES names; empty where it is unset."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name.strip() for name in named.split(",") if name.strip()]
+
+
 def cpu_cores(workers: int) -> list[str]:
     """Divide this process' cores among workers, as vLLM's ``VLLM_CPU_OMP_THREADS_BIND`` has it.
 

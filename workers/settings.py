@@ -13,6 +13,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from schema.errors import ConfigurationError, shown
 
 ENV_PREFIX = "PROMPTMILL_"
+# Of the processes among themselves, of the container's entry point, and of tests.
+_NO_SETTINGS = frozenset({"PROMPTMILL_SUPERVISED", "PROMPTMILL_SECRETS_DIR"})
+_OF_TESTS = ("PROMPTMILL_TEST_", "PROMPTMILL_FAULT_")
 _SECRET_FIELDS = frozenset({"database_url", "redis_url"})
 
 
@@ -181,6 +184,16 @@ def load_settings(**overrides: object) -> Settings:
         return Settings(**given)
     except ValidationError as error:
         raise ConfigurationError(_one_line(error)) from None
+
+
+def unknown_variables() -> list[str]:
+    """Return variables that look like settings and are none: misspelt ones, most likely."""
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | _NO_SETTINGS
+    return sorted(
+        name
+        for name in os.environ
+        if name.startswith(ENV_PREFIX) and name not in known and not name.startswith(_OF_TESTS)
+    )
 
 
 def _checked_scheme(

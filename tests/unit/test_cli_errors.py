@@ -29,6 +29,7 @@ COMMANDS = (
     "up",
     "worker",
     "version",
+    "doctor",
     "batch run",
     "batch submit",
     "batch status",

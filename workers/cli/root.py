@@ -10,6 +10,7 @@ import typer
 
 from schema.errors import PromptmillError
 from workers.cli import batch, cache, deployment, jobs, submit
+from workers.cli.doctor import doctor
 from workers.cli.shared import EXIT_CODES, INTERRUPTED, Json, exit_code, print_json, say
 
 HELP = f"""Answers prompts with vLLM, never computes the same answer twice, and loses nothing.
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 submit.register(app)
 deployment.register(app)
+app.command()(doctor)
 app.add_typer(batch.app, name="batch")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(cache.app, name="cache")

@@ -85,6 +85,12 @@ def head() -> str:
     return newest
 
 
+def revisions() -> frozenset[str]:
+    """Return all revisions that this installation knows."""
+    scripts = ScriptDirectory.from_config(_config())
+    return frozenset(script.revision for script in scripts.walk_revisions())
+
+
 def _config(connection: Connection | None = None) -> Config:
     config = Config()
     # Found as a package, so that it works from a wheel as from a checkout.
