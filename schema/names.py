@@ -74,6 +74,11 @@ def worker_key(name: str) -> str:
     return f"promptmill:worker:{name}"
 
 
+def window_key(model: str) -> str:
+    """Key that says how many jobs of one namespace may stand in the queue of a model."""
+    return f"promptmill:window:{model}"
+
+
 def job_id_for(namespace: str, idempotency_key: str) -> UUID:
     """Return the id that every submission under one idempotency key shares (UUID version 5)."""
     return uuid5(_JOB_IDS, f"{namespace}\x00{idempotency_key}")

@@ -218,6 +218,9 @@ class JobRow(Base):
     )
     deadline_at: Mapped[datetime | None]
     sent_at: Mapped[datetime | None] = mapped_column(comment="when its message was last written")
+    held: Mapped[bool] = mapped_column(
+        Boolean, server_default=text("false"), comment="waits here for its namespace's turn"
+    )
     attempts: Mapped[int] = mapped_column(Integer, server_default="0")
     max_attempts: Mapped[int] = mapped_column(Integer, server_default="3")
     crashes: Mapped[int] = mapped_column(Integer, server_default="0")
@@ -259,7 +262,16 @@ class JobRow(Base):
         Index(
             "ix_jobs_unsent",
             "available_at",
-            postgresql_where=text("state = 'queued' AND sent_at IS NULL"),
+            postgresql_where=text("state = 'queued' AND sent_at IS NULL AND NOT held"),
+        ),
+        # The heads of what waits for its turn, each namespace's by itself.
+        Index(
+            "ix_jobs_held",
+            "model",
+            "namespace",
+            "priority",
+            "created_at",
+            postgresql_where=text("state = 'queued' AND held"),
         ),
         Index(
             "ix_jobs_sent",

@@ -35,6 +35,8 @@ def values_of(field: FieldInfo) -> str:
     ]
     if typing.get_origin(field.annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in kinds)
+    if typing.get_origin(field.annotation) is dict:
+        return "JSON object"
     names = {int: "whole number", float: "number", str: "text", Path: "folder"}
     words = [names.get(kinds[0], "text")]
     for name, form in _BOUNDS:

@@ -177,8 +177,9 @@ async def _helpers(
     channel: ResultChannel,
     publisher: Any,
 ) -> None:
-    """Start recovery, which every worker runs and one at a time does."""
+    """Start recovery and the dispatcher, which every worker runs and one at a time does."""
     from workers.connection import Connection
+    from workers.dispatch import Dispatcher
     from workers.recovery import Recovery
     from workers.signals import DoneSignals
 
@@ -200,6 +201,15 @@ async def _helpers(
     )
     recovery.start()
     stack.push_async_callback(recovery.aclose)
+    dispatcher = Dispatcher(
+        database=database,
+        redis=redis,
+        send=sender.push,
+        weights=settings.namespace_weights,
+        window=settings.namespace_window,
+    )
+    dispatcher.start()
+    stack.push_async_callback(dispatcher.aclose)
 
 
 def _keep_up(

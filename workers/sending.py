@@ -16,7 +16,7 @@ from schema.errors import (
     UnknownModelError,
 )
 from schema.refusal import did_you_mean
-from workers import registry
+from workers import registry, windows
 from workers.cursors import START
 from workers.endpoints import BUNDLED, served_name
 from workers.streams import broker_errors
@@ -55,6 +55,7 @@ class Sender:
         self._settings = settings
         self._served: frozenset[str] = frozenset()
         self._served_until = 0.0
+        self._windows: dict[str, tuple[int, float]] = {}  # and until when each is believed
 
     async def send(self, jobs: Sequence[JobSpec], *, wait_s: float = 0.0) -> Sent:
         """Accept jobs: with a database they are safe from then on, whatever becomes of Redis.
@@ -106,22 +107,39 @@ class Sender:
         Raises:
             BrokerUnavailableError: Redis failed; recovery sends them later.
         """
-        groups: dict[wire.Route, list[UUID]] = {}
-        for job in addresses:
-            route = wire.Route(namespace=job.namespace, model=job.model, priority=job.priority)
-            groups.setdefault(route, []).append(job.id)
-        step = self._settings.message_jobs
-        messages = [
-            (
-                route,
-                wire.JobMessage(namespace=route.namespace, sent_at=time.time(), ids=tuple(some)),
-            )
-            for route, ids in groups.items()
-            for some in (ids[at : at + step] for at in range(0, len(ids), step))
-        ]
-        await self._push(messages)
+        jobs = [job for job in addresses if not job.held]
+        await self.push(jobs)
         if self._connection.ledger is not None:
-            await self._connection.ledger.mark_sent(id_ for ids in groups.values() for id_ in ids)
+            await self._connection.ledger.mark_sent(job.id for job in jobs)
+
+    async def push(self, jobs: Sequence[JobAddress]) -> None:
+        """Write messages for jobs whose rows say already that they were sent.
+
+        Args:
+            jobs: In the order in which they are to be read.
+
+        Raises:
+            BrokerUnavailableError: Redis failed; some messages may have been written.
+        """
+        groups: dict[wire.Route, list[UUID]] = {}
+        messages = []
+        for job in jobs:
+            route = wire.Route(namespace=job.namespace, model=job.model, priority=job.priority)
+            group = groups.setdefault(route, [])
+            group.append(job.id)
+            if len(group) == self._settings.message_jobs:
+                messages.append((route, group))
+                del groups[route]
+        messages += groups.items()
+        await self._push(
+            [
+                (
+                    route,
+                    wire.JobMessage(namespace=route.namespace, sent_at=time.time(), ids=tuple(ids)),
+                )
+                for route, ids in messages
+            ]
+        )
 
     async def _accept(self, jobs: Sequence[JobSpec], model: str) -> Sent:
         ledger = self._connection.ledger
@@ -136,13 +154,27 @@ class Sender:
             sent=True,
             max_attempts=self._settings.max_attempts,
             queue_limit=self._settings.queue_limit,
+            windows={
+                name: await self._window(name) for name in {job.model or model for job in jobs}
+            },
         )
-        fresh = {job.id: job for job in jobs if job.id in admitted.inserted}
+        fresh = {job.id: job for job in jobs if job.id in admitted.inserted - admitted.held}
         # The rows stand: whatever becomes of Redis now, recovery sends the messages that are
         # missing. Telling the caller would make it submit what was accepted.
         with contextlib.suppress(BrokerUnavailableError):
             await self._push(self._messages(list(fresh.values()), model, full=False))
         return Sent(known=admitted.known, cursors={})
+
+    async def _window(self, model: str) -> int:
+        if self._settings.namespace_window is not None:
+            return self._settings.namespace_window
+        known, until = self._windows.get(model, (windows.DEFAULT_WINDOW, 0.0))
+        if time.monotonic() >= until:
+            # Advice only, as above.
+            with contextlib.suppress(BrokerUnavailableError):
+                known = await windows.window(self._connection.redis, model)
+            self._windows[model] = known, time.monotonic() + _REGISTRY_FRESH_S
+        return known
 
     def _messages(
         self, jobs: Iterable[JobSpec], model: str, *, full: bool

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, PositiveFloat, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from schema.errors import ConfigurationError, shown
 
@@ -107,6 +107,18 @@ class Settings(BaseSettings):
         ge=1,
         description="Most jobs that may wait; beyond it a submission is refused.",
     )
+    namespace_window: int | None = Field(
+        default=None,
+        ge=1,
+        description="Jobs of one namespace that may stand in a model's queue; further ones wait in "
+        "Postgres and are let in by turns. Unset: three rounds of the workers' slots, or what they "
+        "take in a second.",
+    )
+    namespace_weights: dict[str, PositiveFloat] = Field(
+        default_factory=dict,
+        description='Shares of namespaces when there is more than can be run, as {"name": 3}; '
+        "1 for those not named. Read by workers.",
+    )
     max_attempts: int = Field(
         default=3, ge=1, le=100, description="Times a job is tried before it is set aside."
     )
@@ -184,6 +196,11 @@ def load_settings(**overrides: object) -> Settings:
         return Settings(**given)
     except ValidationError as error:
         raise ConfigurationError(_one_line(error)) from None
+    except SettingsError as error:
+        # What is to be an object, as the weights are, and is no JSON.
+        field = str(error).split('"')[1] if '"' in str(error) else "settings"
+        msg = f'{ENV_PREFIX}{field.upper()}: it must be a JSON object such as {{"name": 2}}'
+        raise ConfigurationError(msg) from None
 
 
 def unknown_variables() -> list[str]:

@@ -12,7 +12,7 @@ from workers.store.part import StorePart
 from workers.store.records import Admission
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -25,18 +25,20 @@ if TYPE_CHECKING:
 _INSERT = text(
     """
     INSERT INTO jobs (id, namespace, model, channel, priority, request, options, idempotency_key,
-                      deadline_at, batch_id, custom_id, row, max_attempts, traceparent, sent_at)
+                      deadline_at, batch_id, custom_id, row, max_attempts, traceparent, held,
+                      sent_at)
     SELECT id, namespace, model, channel, priority, CAST(request AS jsonb),
            CAST(options AS jsonb), idempotency_key, deadline_at, batch_id, custom_id, row,
-           max_attempts, CAST(:traceparent AS text), CASE WHEN :sent THEN now() END
+           max_attempts, CAST(:traceparent AS text), held,
+           CASE WHEN :sent AND NOT held THEN now() END
     FROM unnest(
         CAST(:ids AS uuid[]), CAST(:namespaces AS text[]), CAST(:models AS text[]),
         CAST(:channels AS text[]), CAST(:priorities AS smallint[]), CAST(:requests AS text[]),
         CAST(:options AS text[]), CAST(:keys AS text[]), CAST(:deadlines AS timestamptz[]),
         CAST(:batch_ids AS uuid[]), CAST(:custom_ids AS text[]), CAST(:rows AS bigint[]),
-        CAST(:max_attempts AS integer[])
+        CAST(:max_attempts AS integer[]), CAST(:held AS boolean[])
     ) AS input (id, namespace, model, channel, priority, request, options, idempotency_key,
-                deadline_at, batch_id, custom_id, row, max_attempts)
+                deadline_at, batch_id, custom_id, row, max_attempts, held)
     WHERE batch_id IS NULL OR EXISTS (
         SELECT FROM batches
         WHERE batches.id = input.batch_id AND batches.namespace = input.namespace
@@ -61,14 +63,30 @@ _COMPARE = text(
     """
 )
 
-# Two scans, each of one small index, that stop at the bound.
+# Three scans, each of one small index, that stop at the bound.
 _WAITING = text(
     """
     SELECT (SELECT count(*) FROM (
-               SELECT FROM jobs WHERE state = 'queued' AND sent_at IS NULL LIMIT :bound) AS unsent)
+               SELECT FROM jobs WHERE state = 'queued' AND sent_at IS NULL AND NOT held
+               LIMIT :bound) AS unsent)
+         + (SELECT count(*) FROM (
+               SELECT FROM jobs WHERE state = 'queued' AND held LIMIT :bound) AS held)
          + (SELECT count(*) FROM (
                SELECT FROM jobs WHERE state = 'queued' AND sent_at IS NOT NULL LIMIT :bound
            ) AS sent)
+    """
+)
+
+
+# Of those who stand, the namespace's own, up to its window; of those who wait, anybody.
+_ROOM = text(
+    """
+    SELECT (SELECT count(*) FROM (
+               SELECT FROM jobs
+               WHERE state = 'queued' AND sent_at IS NOT NULL
+                 AND model = :model AND namespace = :namespace
+               LIMIT :window) AS standing) AS standing,
+           EXISTS (SELECT FROM jobs WHERE state = 'queued' AND held AND model = :model) AS waited
     """
 )
 
@@ -118,6 +136,54 @@ class QueueDepth:
         return self._depth
 
 
+class QueueRoom:
+    """An estimate of how many more jobs of a namespace may go to a queue directly.
+
+    It asks now and then, and subtracts what was sent here since.
+
+    Args:
+        fresh_s: Seconds for which an answer is believed, at least.
+    """
+
+    _SHARE = 20  # of the time may go into asking: one part in so many
+    _REMEMBERED = 1000
+
+    def __init__(self, *, fresh_s: float = 0.25) -> None:
+        self._fresh_s = fresh_s
+        self._room: dict[tuple[str, str], int] = {}
+        self._stale_at: dict[tuple[str, str], float] = {}
+
+    async def take(
+        self, namespace: str, model: str, jobs: int, window: int, connection: AsyncConnection
+    ) -> int:
+        """Take room in a queue.
+
+        Args:
+            namespace: Tenant.
+            model: Served model; names the queue.
+            jobs: How many want in.
+            window: How many of the namespace may stand there.
+            connection: To ask on.
+
+        Returns:
+            How many may go to the queue now. The others wait, for their turn: once somebody
+            waits, all that comes later does.
+        """
+        key, now = (namespace, model), time.monotonic()
+        if now >= self._stale_at.get(key, 0.0):
+            if len(self._room) >= self._REMEMBERED:
+                self._room.clear()
+                self._stale_at.clear()
+            values = {"namespace": namespace, "model": model, "window": window}
+            row = (await connection.execute(_ROOM, values)).one()
+            self._room[key] = 0 if row.waited else max(window - row.standing, 0)
+            took_s = time.monotonic() - now
+            self._stale_at[key] = now + max(self._fresh_s, took_s * self._SHARE)
+        taken = min(jobs, self._room[key])
+        self._room[key] = self._room[key] - taken if taken == jobs else 0
+        return taken
+
+
 class Admissions(StorePart):
     """Writes jobs.
 
@@ -128,6 +194,7 @@ class Admissions(StorePart):
     def __init__(self, database: Database) -> None:
         super().__init__(database)
         self._depth = QueueDepth()
+        self._room = QueueRoom()
 
     async def admit(
         self,
@@ -137,6 +204,7 @@ class Admissions(StorePart):
         sent: bool,
         max_attempts: int,
         queue_limit: int | None = None,
+        windows: Mapping[str, int] | None = None,
         traceparent: str | None = None,
         on_refusal: Literal["raise", "report"] = "raise",
     ) -> Admission:
@@ -152,6 +220,8 @@ class Admissions(StorePart):
             max_attempts: Attempts of jobs that name no number.
             queue_limit: Jobs that may wait; None is no bound. It holds within what others submit
                 in about a second.
+            windows: Jobs of one namespace that may stand in each model's queue; what is beyond
+                waits for its turn, without a message. None lets all of them in.
             traceparent: W3C trace context of the submission.
             on_refusal: ``raise`` writes nothing when one job cannot be written; ``report`` writes
                 the others and names it.
@@ -176,13 +246,36 @@ class Admissions(StorePart):
         async with self._database.transaction() as connection:
             if queue_limit is not None:
                 await self._check_room(unique, values, queue_limit, connection)
+            if windows is not None:
+                values["held"] = await self._without_room(values, windows, connection)
             inserted = frozenset((await connection.scalars(_INSERT, values)).all())
             known, more = await _already_there(unique, values, inserted, connection)
             refused |= more
             if refused and on_refusal == "raise":
                 raise _refusal(*next(iter(refused.items())))
         self._depth.add(len(inserted))
-        return Admission(inserted=inserted, known=known, refused=refused)
+        held = {
+            job_id for job_id, waits in zip(values["ids"], values["held"], strict=True) if waits
+        }
+        return Admission(
+            inserted=inserted, known=known, refused=refused, held=inserted & frozenset(held)
+        )
+
+    async def _without_room(
+        self, values: dict[str, Any], windows: Mapping[str, int], connection: AsyncConnection
+    ) -> list[bool]:
+        places: dict[tuple[str, str], list[int]] = {}
+        for at, place in enumerate(zip(values["namespaces"], values["models"], strict=True)):
+            places.setdefault(place, []).append(at)
+        held = [False] * len(values["ids"])
+        for (namespace, model), rows in places.items():
+            window = windows.get(model)
+            if window is None:
+                continue
+            room = await self._room.take(namespace, model, len(rows), window, connection)
+            for at in rows[room:]:
+                held[at] = True
+        return held
 
     async def _check_room(
         self,
@@ -260,4 +353,5 @@ def _columns(specs: Sequence[JobSpec], *, default_model: str, max_attempts: int)
         "custom_ids": [spec.custom_id for spec in specs],
         "rows": [spec.row for spec in specs],
         "max_attempts": [spec.options.max_attempts or max_attempts for spec in specs],
+        "held": [False] * len(specs),
     }

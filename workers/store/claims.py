@@ -269,7 +269,8 @@ async def addresses(
     """Run a statement that returns jobs to be sent.
 
     Args:
-        statement: It returns id, namespace, model and priority.
+        statement: It returns id, namespace, model and priority, and may return whether the job
+            is held.
         values: Its parameters.
         connection: To run it on.
 
@@ -278,7 +279,13 @@ async def addresses(
     """
     rows = (await connection.execute(statement, values)).all()
     return [
-        JobAddress(id=row.id, namespace=row.namespace, model=row.model, priority=row.priority)
+        JobAddress(
+            id=row.id,
+            namespace=row.namespace,
+            model=row.model,
+            priority=row.priority,
+            held=getattr(row, "held", False),
+        )
         for row in rows
     ]
 

@@ -34,7 +34,7 @@ _UNSENT = text(
     """
     SELECT id, namespace, model, priority
     FROM jobs
-    WHERE state = 'queued' AND sent_at IS NULL AND available_at <= now()
+    WHERE state = 'queued' AND sent_at IS NULL AND NOT held AND available_at <= now()
       AND (token > 0 OR available_at <= now() - make_interval(secs => :older_than_s))
     ORDER BY available_at
     LIMIT :limit

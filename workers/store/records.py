@@ -30,6 +30,7 @@ class JobAddress:
     namespace: str
     model: str  # names the queue
     priority: int  # 0 is served first
+    held: bool = False  # waits for its namespace's turn: the dispatcher writes its message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,7 @@ class Admission:
     inserted: frozenset[UUID]  # new rows
     known: frozenset[UUID]  # rows that were there already, with the same request
     refused: Mapping[UUID, str]  # why nothing was written, by job; empty unless asked for
+    held: frozenset[UUID] = frozenset()  # of the new rows, those that wait for their turn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,15 +53,18 @@ _RETRY = text(
         ORDER BY id
         LIMIT :limit
         FOR NO KEY UPDATE
+    ), numbered AS (
+        SELECT id, row_number() OVER () > :directly AS waits FROM mine
     )
     UPDATE jobs
     SET state = 'queued', attempts = 0, crashes = 0, cancel_requested = false, sent_at = NULL,
+        held = waits,
         available_at = now(), started_at = NULL, finished_at = NULL, published_at = NULL,
         provenance = NULL, answer_id = NULL, result = NULL, error = NULL,
         deadline_at = CASE WHEN deadline_at > now() THEN deadline_at END
-    FROM mine
-    WHERE jobs.id = mine.id
-    RETURNING jobs.id, namespace, model, priority
+    FROM numbered
+    WHERE jobs.id = numbered.id
+    RETURNING jobs.id, namespace, model, priority, held
     """
 )
 
@@ -104,6 +107,7 @@ class Steering(StorePart):
         batch_id: UUID | None = None,
         states: Collection[JobState] = _RETRYABLE,
         limit: int = 10_000,
+        directly: int = 100,
     ) -> list[JobAddress]:
         """Queue jobs that are over once more, as if they had never run.
 
@@ -113,9 +117,11 @@ class Steering(StorePart):
             batch_id: Only those of one batch.
             states: Only those that ended so.
             limit: How many at most; call again for more.
+            directly: How many are to be sent by the caller. The others wait for their turn.
 
         Returns:
-            Those that are queued now, without a message.
+            Those that are queued now, without a message; of those that are held, the dispatcher
+            writes it.
 
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.
@@ -126,6 +132,7 @@ class Steering(StorePart):
             "batch_id": batch_id,
             "states": [state.value for state in states if state.terminal],
             "limit": limit,
+            "directly": directly,
         }
         async with self._database.connection() as connection:
             return await addresses(_RETRY, values, connection)
