@@ -15,7 +15,7 @@ from kombu import Exchange, Queue
 from schema import names
 from workers import tasks
 from workers.pool import lifespan
-from workers.transport import broker_settings
+from workers.transport import broker_settings, limit_intake
 
 if TYPE_CHECKING:
     from workers.endpoints import Endpoints
@@ -98,13 +98,16 @@ def run_worker(
 
     @lifespan(app)
     @asynccontextmanager
-    async def serve(_pool: TaskPool) -> AsyncIterator[Any]:
+    async def serve(pool: TaskPool) -> AsyncIterator[Any]:
         started = worker_runtime(settings, endpoints, model, start_engine=start_engine)
         async with started as pipeline:
             current.append(pipeline)
+            pipeline.on_hungry = pool.wake
+            limit_intake(lambda: pipeline.hungry)
             try:
                 yield pipeline
             finally:
+                limit_intake(None)
                 current.clear()
 
     if on_ready is not None:

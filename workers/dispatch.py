@@ -6,6 +6,9 @@ model while anybody waits, for otherwise who comes late would pass those who wai
 keeps each queue filled up to the window, in the order of `Turns`. So a namespace with a million
 jobs has no more than a window of them standing before whoever comes next.
 
+Priorities order the jobs of one namespace while they wait. In the queue they order all jobs while
+only one namespace has any; with several, those who waited stand there in the order of their turns.
+
 The window is what workers take in a second, and never less than three rounds of their slots:
 enough that no engine waits for the dispatcher, and little to stand behind.
 
@@ -18,11 +21,13 @@ import asyncio
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
 
 from schema.errors import BrokerUnavailableError, PromptmillError
+from schema.names import DEFAULT_PRIORITY
 from workers import windows
 from workers.cancellation import heed_cancellation
 from workers.queue_marks import living_workers
@@ -128,9 +133,9 @@ class Dispatcher:
         drain = self._drain.setdefault(model, _Drain())
         window = self.window(model)
         stand = await standing(connection, model, bound=2 * window)
-        drain.see(stand)
+        drain.see(stand.total())
         turns = self._turns.setdefault(model, Turns(self._weights))
-        order = turns.take(namespaces, min(window - stand, _MOST_AT_ONCE))
+        order = turns.take(namespaces, min(window - stand.total(), _MOST_AT_ONCE))
         if not order:
             return
         counts = Counter(order)
@@ -140,6 +145,9 @@ class Dispatcher:
         jobs = [found[name].popleft() for name in order if found.get(name)]
         if not jobs:
             return
+        if len(stand.keys() | set(namespaces)) > 1:
+            # Or the turns of one who calls all its jobs urgent would be the only ones.
+            jobs = [replace(job, priority=DEFAULT_PRIORITY) for job in jobs]
         drain.add(len(jobs))
         try:
             await self._send(jobs)

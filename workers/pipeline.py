@@ -35,6 +35,7 @@ from schema.errors import (
     InvalidRequestError,
 )
 from schema.jobs import JobError, JobResult, JobState
+from schema.names import DEFAULT_PRIORITY
 from workers.answering import Answerer, TryAgainError, failed
 from workers.hits import HitCounter
 from workers.leases import Holding, LeaseKeeper, Stopped
@@ -114,10 +115,13 @@ class Pipeline:
         self._one_suspect = asyncio.Lock()
         self._stored: LRUCache[UUID, bool] = LRUCache(_STORED_REMEMBERED)
         self._in_hand: dict[object, float] = {}  # messages, and when each was written
+        self._unclaimed = 0  # jobs of messages in hand that wait for a slot
+        #: Called when the worker wants messages again; see `hungry`.
+        self.on_hungry: Callable[[], None] = lambda: None
         #: Set when vLLM's engine has died: the process is to be replaced.
         self.engine_died = asyncio.Event()
 
-    async def run_message(self, message: JobMessage) -> None:
+    async def run_message(self, message: JobMessage, *, priority: int = DEFAULT_PRIORITY) -> None:
         """Run the jobs of a message; return when the message may be acknowledged.
 
         Jobs that others hold, that are over or that are not due yet are passed over: they have a
@@ -125,6 +129,7 @@ class Pipeline:
 
         Args:
             message: Decoded.
+            priority: Of all its jobs; 0 is served first.
 
         Raises:
             asyncio.CancelledError: The worker stops; jobs in flight were given back.
@@ -132,7 +137,7 @@ class Pipeline:
         in_hand = object()
         self._in_hand[in_hand] = message.sent_at
         try:
-            await self._run_all([*message.ids, *await self._admit(message)])
+            await self._run_all([*message.ids, *await self._admit(message)], priority)
         finally:
             del self._in_hand[in_hand]
 
@@ -140,6 +145,14 @@ class Pipeline:
     def oldest_sent_at(self) -> float | None:
         """When the oldest message in this worker's hands was written; Unix time."""
         return min(self._in_hand.values(), default=None)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether another message is of use: no more than a round of jobs waits here already.
+
+        More would only be out of reach of other workers, and of what is more urgent.
+        """
+        return self._unclaimed < self._slots.total
 
     @property
     def running(self) -> int:
@@ -161,23 +174,32 @@ class Pipeline:
         while self.running and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110  bounded
             await asyncio.sleep(_IDLE_LOOK_S)
 
-    async def _run_all(self, ids: list[UUID]) -> None:
+    async def _run_all(self, ids: list[UUID], priority: int) -> None:
         running: set[asyncio.Task[None]] = set()
+        self._unclaimed += len(ids)
         try:
             while ids:
-                taken = await self._slots.take(len(ids))
+                taken = await self._slots.take(len(ids), priority=priority)
                 group, ids = ids[:taken], ids[taken:]
+                self._no_longer_waiting(taken)
                 for job in await self._claim(group, taken):
                     task = asyncio.create_task(self._run(job), name=f"promptmill-job-{job.id}")
                     running.add(task)
                     task.add_done_callback(running.discard)
             while running:
                 await asyncio.wait(running)
-        except asyncio.CancelledError:
+        except BaseException:
+            self._no_longer_waiting(len(ids))
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             raise
+
+    def _no_longer_waiting(self, jobs: int) -> None:
+        was_hungry = self.hungry
+        self._unclaimed -= jobs
+        if self.hungry and not was_hungry:
+            self.on_hungry()
 
     async def _admit(self, message: JobMessage) -> list[UUID]:
         """Write rows for jobs that came in full, so that they are treated like all others."""

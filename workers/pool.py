@@ -108,6 +108,10 @@ def running_pool() -> TaskPool:
     return _running
 
 
+def _nothing() -> None:
+    pass
+
+
 class TaskPool(BasePool):
     """The asyncio pool. Celery makes it; see the module's text for the contract."""
 
@@ -164,6 +168,10 @@ class TaskPool(BasePool):
         except BaseException:
             future.cancel()
             raise
+
+    def wake(self) -> None:
+        """Let the hub look again whether to fetch messages. From any thread."""
+        self._post(_nothing)
 
     # Celery's side: the hub's thread ---------------------------------------------------
 

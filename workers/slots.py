@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import heapq
+import itertools
+
+from schema.names import DEFAULT_PRIORITY
 
 
 class Slots:
     """Places in the engine.
 
-    Whoever has waited longest is served first, so that a message of many jobs and one of a single
-    job make progress side by side.
+    Whoever is most urgent is served first, and of those whoever has waited longest, so that a
+    message of many jobs and one of a single job make progress side by side.
 
     Args:
         total: Jobs that may run at once.
@@ -19,13 +22,16 @@ class Slots:
     def __init__(self, total: int) -> None:
         self.total = total
         self.free = total
-        self._waiting: deque[tuple[int, asyncio.Future[int]]] = deque()
+        # By priority and then by number, so that the futures are never compared.
+        self._waiting: list[tuple[int, int, int, asyncio.Future[int]]] = []
+        self._numbers = itertools.count()
 
-    async def take(self, most: int) -> int:
+    async def take(self, most: int, *, priority: int = DEFAULT_PRIORITY) -> int:
         """Wait for a free place, and take as many as there are.
 
         Args:
             most: Places wanted.
+            priority: 0 is served first.
 
         Returns:
             Places taken, from 1 to `most`.
@@ -35,7 +41,7 @@ class Slots:
             self.free -= taken
             return taken
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append((most, future))
+        heapq.heappush(self._waiting, (priority, next(self._numbers), most, future))
         try:
             return await future
         except asyncio.CancelledError:
@@ -61,7 +67,7 @@ class Slots:
         """
         self.free += count
         while self.free and self._waiting:
-            most, future = self._waiting.popleft()
+            _, _, most, future = heapq.heappop(self._waiting)
             if future.done():
                 continue
             taken = min(most, self.free)

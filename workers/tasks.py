@@ -33,4 +33,7 @@ def register(app: Celery, pipeline: list[Pipeline]) -> None:
         except MessageFormatError as exc:
             # To the dead list, bytes and all: another version may be able to read it.
             raise Reject(str(exc), requeue=False) from exc
-        await pipeline[0].run_message(message)
+        priority = (self.request.delivery_info or {}).get("priority")
+        await pipeline[0].run_message(
+            message, priority=priority if isinstance(priority, int) else names.DEFAULT_PRIORITY
+        )

@@ -46,7 +46,7 @@ from .envelope import DEFAULT_MAX_BYTES, check_item, check_message, is_task_queu
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-__all__ = ["Channel", "Transport", "broker_settings", "read_dead"]
+__all__ = ["Channel", "Transport", "broker_settings", "limit_intake", "read_dead"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,18 @@ def broker_settings(
     }
 
 
+def limit_intake(wants_more: Callable[[], bool] | None) -> None:
+    """Leave tasks in the queue while this process has no use for them.
+
+    What is in the queue can still be passed by something more urgent, or be taken by another
+    worker. Wake the hub when the answer becomes true.
+
+    Args:
+        wants_more: asked in the hub's thread before a task is fetched; None fetches always.
+    """
+    Channel.wants_more = staticmethod(wants_more or _always)
+
+
 def read_dead(entry: bytes | str) -> tuple[bytes, str, str]:
     """Take an entry of the dead list apart.
 
@@ -131,10 +143,29 @@ class Message(VirtualMessage):
         self.raw: bytes | None = channel.take_raw() if channel is not None else None
 
 
+def _always() -> bool:
+    return True
+
+
+class QoS(kombu_redis.QoS):
+    """Lets no message be fetched that the worker has no use for yet."""
+
+    def can_consume(self) -> bool:
+        """Say whether a message may be fetched. One that was asked for is always taken in."""
+        channel = self.channel
+        if not super().can_consume():
+            return False
+        return bool(not channel.active_queues or channel._in_poll or channel.wants_more())  # noqa: SLF001
+
+
 class Channel(kombu_redis.Channel):
     """The channel that sifts what it reads."""
 
     Message = Message
+    QoS = QoS
+
+    #: Asked before a task is fetched; see `limit_intake`.
+    wants_more: ClassVar[Callable[[], bool]] = staticmethod(_always)
 
     dead_list = DEAD_LETTERS
     max_message_bytes = DEFAULT_MAX_BYTES

@@ -6,7 +6,7 @@ than the heads of an index and the jobs that it lets in, however many wait.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
@@ -40,10 +40,11 @@ _WAITING = text(
 
 _STANDING = text(
     """
-    SELECT count(*) FROM (
-        SELECT FROM jobs
+    SELECT namespace, count(*) AS jobs FROM (
+        SELECT namespace FROM jobs
         WHERE state = 'queued' AND sent_at IS NOT NULL AND model = :model LIMIT :bound
     ) AS standing
+    GROUP BY namespace
     """
 )
 
@@ -93,15 +94,16 @@ async def waiting(connection: AsyncConnection) -> dict[str, list[str]]:
     return dict(found)
 
 
-async def standing(connection: AsyncConnection, model: str, *, bound: int) -> int:
-    """Count the jobs of a model that were sent and that nobody has claimed.
+async def standing(connection: AsyncConnection, model: str, *, bound: int) -> Counter[str]:
+    """Count the jobs of a model that were sent and that nobody has claimed, by namespace.
 
     Args:
         connection: Each statement on it is a transaction of its own.
         model: Served name.
         bound: Counting stops there.
     """
-    return await connection.scalar(_STANDING, {"model": model, "bound": bound}) or 0
+    rows = (await connection.execute(_STANDING, {"model": model, "bound": bound})).all()
+    return Counter({row.namespace: row.jobs for row in rows})
 
 
 async def release(

@@ -33,6 +33,7 @@ CRASH_FOLDER = "PROMPTMILL_TEST_CRASH_FOLDER"
 BEFORE_PUBLISH = "before-publish"  # between the commit and the publication
 BEFORE_MARK = "before-mark"  # between the publication and the note of it
 BEFORE_ACKNOWLEDGE = "before-acknowledge"  # between all that and the acknowledgement
+ENDLESS = "endless"  # how a prompt begins whose answer never comes
 REFUSED = "refuse"  # how a prompt begins that the engine does not take
 _SLOWEST_S = 0.25
 _LOOK_S = 0.1
@@ -74,6 +75,8 @@ class ScriptedEngine:
         from workers.engine.scope import ReportEntry, current_scope
 
         await asyncio.sleep(random.uniform(0.0, _SLOWEST_S))  # noqa: S311  no secret
+        if prompt.startswith(ENDLESS):
+            await asyncio.Event().wait()
         if prompt.startswith(REFUSED):
             msg = "the scripted engine does not take this prompt"
             raise ValueError(msg)
@@ -138,8 +141,8 @@ def _set_crash_points() -> None:
             _die_at(BEFORE_MARK)
         await mark(self, published)
 
-    async def dying_run(self: Any, message: Any) -> None:
-        await run(self, message)
+    async def dying_run(self: Any, message: Any, **how: Any) -> None:
+        await run(self, message, **how)
         _die_at(BEFORE_ACKNOWLEDGE)
 
     Publisher.publish = dying_publish  # type: ignore[method-assign]

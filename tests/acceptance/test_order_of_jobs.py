@@ -1,0 +1,150 @@
+"""Which job is run next: real servers and a real worker process, with a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import text
+
+from schema.jobs import JobState
+from tests.acceptance.faults.scripted_worker import ENDLESS, MODEL
+from tests.acceptance.faults.workers_of_a_run import ScriptedWorkers
+from workers import AsyncJobClient, Settings
+from workers.local import LocalStack
+
+pytestmark = pytest.mark.timeout(600)
+WAIT_S = 60.0
+SLOTS = 8
+MANY = 150_000
+
+
+@pytest.fixture(scope="module")
+async def settings(
+    stack: LocalStack, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Settings]:
+    """Of a deployment with one worker of a few slots."""
+    from workers.store.schema_upgrade import upgrade
+
+    upgrade(stack.database_url)
+    values = {
+        "PROMPTMILL_DATABASE_URL": stack.database_url,
+        "PROMPTMILL_REDIS_URL": stack.redis_url,
+        "PROMPTMILL_MAX_RUNNING": str(SLOTS),
+        "PROMPTMILL_MESSAGE_JOBS": "4",
+    }
+    log = tmp_path_factory.mktemp("order") / "worker.log"
+    workers = ScriptedWorkers(count=1, environment=values, log=Path(log))
+    await workers.start()
+    yield Settings(
+        database_url=SecretStr(stack.database_url),
+        redis_url=SecretStr(stack.redis_url),
+        served_model_name=MODEL,
+        message_jobs=4,
+    )
+    await workers.stop()
+
+
+async def _run(client: AsyncJobClient, statement: str, **values: object) -> list[tuple[object]]:
+    database = (await client.connection()).require_database()
+    async with database.connection() as connection:
+        done = await connection.execute(text(statement), values)
+        return [tuple(row) for row in done.all()] if done.returns_rows else []
+
+
+async def test_a_backlog_of_one_namespace_keeps_no_other_waiting(
+    settings: Settings,
+) -> None:
+    huge = f"huge-{uuid4().hex[:8]}"
+    async with AsyncJobClient(settings) as client:
+        # As submissions beyond the window leave them; written at once to save the test's time.
+        await _run(
+            client,
+            "INSERT INTO jobs (id, namespace, model, channel, priority, request, held) "
+            "SELECT gen_random_uuid(), :namespace, :model, 'default', 0, jsonb_build_object("
+            "'kind', 'prompt', 'prompt', n::text), true FROM generate_series(1, :jobs) AS n",
+            namespace=huge,
+            model=MODEL,
+            jobs=MANY,
+        )
+        try:
+            await _until_some_are_done(client, huge)
+            for at in range(3):
+                job = await client.submit(f"small {at}", namespace="small")
+                assert (await job.result(WAIT_S)).status is JobState.DONE
+            many = await client.submit_many(["x"] * 30, namespace="other")
+            for job in many:
+                assert (await job.result(WAIT_S)).status is JobState.DONE
+            ((left,),) = await _run(
+                client,
+                "SELECT count(*) FROM jobs WHERE namespace = :namespace AND state = 'queued'",
+                namespace=huge,
+            )
+            # The others' 33 jobs took a share of what was run meanwhile, not the last place.
+            assert isinstance(left, int)
+            assert left > MANY - 5_000
+        finally:
+            await _run(client, "DELETE FROM jobs WHERE namespace = :namespace", namespace=huge)
+
+
+async def _until_some_are_done(client: AsyncJobClient, namespace: str) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not await _run(
+            client,
+            "SELECT FROM jobs WHERE namespace = :namespace AND state = 'done' LIMIT 1",
+            namespace=namespace,
+        ):
+            await asyncio.sleep(0.05)
+
+
+async def test_what_is_urgent_passes_what_waits(settings: Settings) -> None:
+    tenant = f"order-{uuid4().hex[:8]}"
+    async with AsyncJobClient(settings) as client:
+        low = await client.submit_many([str(at) for at in range(400)], namespace=tenant, priority=9)
+        await _until_some_are_done(client, tenant)
+        high = await client.submit("now", namespace=tenant, priority=0)
+        assert (await high.result(WAIT_S)).status is JobState.DONE
+        ((later,),) = await _run(
+            client,
+            "SELECT count(*) FROM jobs WHERE namespace = :namespace AND priority = 9 "
+            "AND started_at > (SELECT started_at FROM jobs WHERE id = :id)",
+            namespace=tenant,
+            id=high.id,
+        )
+        ((before,),) = await _run(
+            client,
+            "SELECT count(*) FROM jobs WHERE namespace = :namespace AND priority = 9 "
+            "AND started_at BETWEEN (SELECT created_at FROM jobs WHERE id = :id) "
+            "AND (SELECT started_at FROM jobs WHERE id = :id)",
+            namespace=tenant,
+            id=high.id,
+        )
+        # Only what the slots let in while its message was on its way.
+        assert isinstance(before, int)
+        assert before <= 6 * SLOTS, (before, later)
+        for job in low[:400]:
+            await job.cancel()
+
+
+async def test_a_cancelled_job_gives_its_slot_to_the_next(settings: Settings) -> None:
+    tenant = f"cancel-{uuid4().hex[:8]}"
+    async with AsyncJobClient(settings) as client:
+        endless = await client.submit_many(
+            [f"{ENDLESS} {at}" for at in range(SLOTS)], namespace=tenant
+        )
+        async with asyncio.timeout(WAIT_S):
+            while {(await job.status()).state for job in endless} != {JobState.RUNNING}:
+                await asyncio.sleep(0.05)
+        waits = await client.submit("next", namespace=tenant)
+        await asyncio.sleep(0.3)
+        assert (await waits.status()).state is JobState.QUEUED
+        await endless[0].cancel()
+        assert (await endless[0].result(WAIT_S)).status is JobState.CANCELLED
+        assert (await waits.result(WAIT_S)).status is JobState.DONE
+        for job in endless[1:]:
+            await job.cancel()
+            assert (await job.result(WAIT_S)).status is JobState.CANCELLED
