@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -12,6 +11,7 @@ import orjson
 from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from schema.errors import InvalidRequestError, UnknownModelError
 from schema.jobs import (
@@ -23,18 +23,19 @@ from schema.jobs import (
     OpenAIRequest,
     PromptRequest,
     Provenance,
+    Reuse,
     Sampling,
 )
+from workers import answer_schema
 from workers.engine.output import EnhancedRequestOutput
 from workers.engine.scope import ReportEntry, RequestScope
 from workers.store.records import ClaimedJob, Outcome
 
 if TYPE_CHECKING:
     from workers.engine.llm import EnhancedAsyncLLM
+    from workers.engine.protocols import StoredAnswer
+    from workers.handler_stream import OnText
     from workers.handlers import HandlerAnswer, OpenAIHandlers
-
-#: Takes pieces of a growing answer: index of the answer, characters before the piece, its text.
-OnText = Callable[[int, int, str], Awaitable[None]]
 
 
 class TryAgainError(Exception):
@@ -79,17 +80,65 @@ class Answerer:
         """
         try:
             request, options = job.parse_request(), job.parse_options()
-            scope = _scope_of(job, request, options)
-            with scope.active():
-                if isinstance(request, PromptRequest):
-                    return await self._prompt(job, request, scope, on_text)
-                return await self._body(job, request, scope)
+            schema = answer_schema.schema_of(request)
+            if schema is None:
+                return await self._answer(job, request, options, on_text)
+            return await self._fitting(job, request, options, schema, on_text)
         except InvalidRequestError as exc:
             return refused(job, exc)
         except (VLLMClientError, ValueError, TypeError) as exc:
             # The request was wrong in a way that only the engine could see.
             field, value = getattr(exc, "parameter", None), getattr(exc, "value", None)
             return refused(job, InvalidRequestError(str(exc), field=field, value=value))
+
+    async def _fitting(
+        self,
+        job: ClaimedJob,
+        request: PromptRequest | OpenAIRequest,
+        options: JobOptions,
+        schema: dict[str, Any] | bool,
+        on_text: OnText | None,
+    ) -> Outcome:
+        """Return an answer that fits the schema; one that does not is kept nowhere."""
+        outcome = await self._answer(job, request, options, None)
+        if (first := self._misfit(outcome, schema)) is not None:
+            if not answer_schema.is_repeatable(request) and options.reuse is Reuse.EXACT:
+                # Its seed is ours alone: a sampled request stays one that is never stored.
+                options = options.model_copy(update={"reuse": Reuse.OFF})
+            outcome = await self._answer(job, answer_schema.second_try(request), options, None)
+            if (second := self._misfit(outcome, schema)) is not None:
+                error = JobError(type="AnswerSchemaError", message=second, status_code=422)
+                return failed(job, error)
+            outcome.result.metadata["schema_retry"] = first
+        if on_text is not None:
+            # Only now: a first try that did not fit must not be read by anybody.
+            for answer in outcome.result.outputs:
+                await on_text(answer.index, 0, answer.text)
+        return outcome
+
+    def _misfit(self, outcome: Outcome, schema: dict[str, Any] | bool) -> str | None:
+        """Return why an answer does not fit; it is forgotten then."""
+        if outcome.result.status is not JobState.DONE:
+            return None
+        fault = answer_schema.fault_of(schema, outcome.result.outputs)
+        if fault is not None and outcome.answer_id is not None:
+            self._llm.forget(
+                namespace=outcome.result.namespace, answer_ids=frozenset({outcome.answer_id})
+            )
+        return fault
+
+    async def _answer(
+        self,
+        job: ClaimedJob,
+        request: PromptRequest | OpenAIRequest,
+        options: JobOptions,
+        on_text: OnText | None,
+    ) -> Outcome:
+        scope = _scope_of(job, request, options)
+        with scope.active():
+            if isinstance(request, PromptRequest):
+                return await self._prompt(job, request, scope, on_text)
+            return await self._body(job, request, scope, on_text)
 
     async def _prompt(
         self, job: ClaimedJob, request: PromptRequest, scope: RequestScope, on_text: OnText | None
@@ -98,8 +147,10 @@ class Answerer:
         final: EnhancedRequestOutput | None = None
         said: dict[int, list[str]] = {}
         length: dict[int, int] = {}
+        generated = 0
         async for output in self._llm.generate(request.prompt, params, str(job.id)):
             final = output
+            generated += sum(len(piece.token_ids) for piece in output.outputs)
             if on_text is not None:
                 for piece in output.outputs:
                     if piece.text:
@@ -111,9 +162,17 @@ class Answerer:
             raise TryAgainError(JobError(type="EngineFailedError", message=msg))
         entry = scope.report.entries[0]
         outputs = _completions(entry, final, said)
-        return _outcome(job, entry, text=outputs[0].text if outputs else "", outputs=outputs)
+        return _outcome(
+            job,
+            entry,
+            text=outputs[0].text if outputs else "",
+            outputs=outputs,
+            tokens=(len(final.prompt_token_ids or ()), generated),
+        )
 
-    async def _body(self, job: ClaimedJob, request: OpenAIRequest, scope: RequestScope) -> Outcome:
+    async def _body(
+        self, job: ClaimedJob, request: OpenAIRequest, scope: RequestScope, on_text: OnText | None
+    ) -> Outcome:
         body = {**request.body}
         named = body.get("model")
         if named not in (None, "", self._model):
@@ -122,8 +181,10 @@ class Answerer:
         body["model"] = self._model
         # The job's id lets a person find the request in vLLM's own log.
         body.setdefault("request_id", str(job.id))
-        answer = await self._handlers.answer(request.url, body)
+        answer = await self._handlers.answer(request.url, body, on_text=on_text)
         if not answer.ok:
+            if answer.status_code >= 500 and self._llm.errored:
+                raise EngineDeadError  # a stream tells of it as of any other error
             return _handler_error(job, answer)
         entry = scope.report.entries[0] if scope.report.entries else None
         outputs = _choices(answer.body)
@@ -212,9 +273,10 @@ def _outcome(
     text: str | None,
     outputs: list[Completion],
     body: dict[str, Any] | None = None,
+    tokens: tuple[int, int] = (0, 0),
 ) -> Outcome:
-    metadata = entry.metadata if entry is not None else {}
     answer = entry.answer if entry is not None else None
+    metadata = {**(entry.metadata if entry is not None else {}), **_cost(answer, body, tokens)}
     provenance = metadata.get("provenance")
     source = metadata.get("source_answer_id") or metadata.get("answer_id")
     return Outcome(
@@ -237,6 +299,18 @@ def _outcome(
         provenance=Provenance(provenance) if provenance else None,
         answer_id=UUID(source) if source else None,
     )
+
+
+def _cost(
+    answer: StoredAnswer | None, body: dict[str, Any] | None, tokens: tuple[int, int]
+) -> dict[str, Any]:
+    """Return the tokens of an answer, and the seconds that generating it took, now or once."""
+    if (usage := (body or {}).get("usage")) is not None:
+        tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    elif answer is not None:
+        tokens = answer.prompt_tokens, answer.completion_tokens
+    seconds = {} if answer is None else {"engine_s": round(answer.engine_s, 6)}
+    return {"tokens": {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}, **seconds}
 
 
 def _completions(

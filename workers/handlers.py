@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,12 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from schema.errors import shown
+from workers import handler_stream
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from workers.handler_stream import OnText
 
 Handler = Callable[[Any], Awaitable[Any]]
 
@@ -87,12 +90,15 @@ class OpenAIHandlers:
         await init_app_state(llm, state, args, await llm.get_supported_tasks())
         return cls(state)
 
-    async def answer(self, url: str, body: dict[str, Any]) -> HandlerAnswer:
+    async def answer(
+        self, url: str, body: dict[str, Any], *, on_text: OnText | None = None
+    ) -> HandlerAnswer:
         """Answer one body.
 
         Args:
             url: Path of the endpoint.
             body: As an HTTP client would send it.
+            on_text: Takes the text while it grows, where vLLM can stream it.
 
         Returns:
             The response, or the error that vLLM's server would give.
@@ -106,8 +112,12 @@ class OpenAIHandlers:
         request_type, handler = self._routes[url]
         if handler is None:
             return _error(404, "NotFoundError", f"the served model does not support {url}")
+        grows = on_text is not None and handler_stream.streams(url, body)
         try:
-            response = await handler(request_type.validate_python(body))
+            asked = handler_stream.streaming(body) if grows else body
+            response = await handler(request_type.validate_python(asked))
+            if on_text is not None and isinstance(response, AsyncIterator):
+                return _checked(await handler_stream.gather(url, response, on_text))
         except (EngineDeadError, EngineGenerateError):
             raise
         except ValidationError as exc:
@@ -124,7 +134,10 @@ def _answer_of(response: Any) -> HandlerAnswer:
         )
     if not isinstance(response, BaseModel):
         return _error(400, "BadRequestError", "the request must not be sent in stream mode")
-    body = response.model_dump(mode="json")
+    return _checked(response.model_dump(mode="json"))
+
+
+def _checked(body: dict[str, Any]) -> HandlerAnswer:
     error = body.get("error")
     if isinstance(error, dict):
         return HandlerAnswer(status_code=int(error.get("code") or 500), body=body)
