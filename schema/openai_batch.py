@@ -14,7 +14,7 @@ from uuid import uuid4
 import orjson
 
 from schema.errors import shown
-from schema.jobs import OPENAI_URLS, JobState
+from schema.jobs import OPENAI_URLS, JobState, Provenance
 from schema.refusal import did_you_mean
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class BatchLine:
     custom_id: str
     url: str
     body: dict[str, Any]
+    size: int = 0  # bytes of the line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,9 @@ class BatchParser:
                 param=exc.param,
                 is_object=exc.is_object,
             )
-        return BatchLine(number=number, custom_id=custom_id, url=url, body=body)
+        return BatchLine(
+            number=number, custom_id=custom_id, url=url, body=body, size=len(line or b"")
+        )
 
     def _first_time(self, custom_id: str) -> None:
         digest = id_digest(custom_id)
@@ -200,15 +203,18 @@ def id_digest(custom_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(custom_id.encode(), digest_size=8).digest())
 
 
-def output_line(result: JobResult) -> bytes:
-    """Return the output line of a job that is over, newline included.
+def output_line(result: JobResult, *, custom_id: str | None = None, twin: bool = False) -> bytes:
+    """Return the output line of a row whose job is over, newline included.
 
     Args:
         result: Its outcome.
+        custom_id: Name of the row, where it is not the job's own.
+        twin: Whether the job was another row's, with the same request.
 
     Returns:
         An object with ``id``, ``custom_id``, ``response`` and ``error`` as vLLM's `run_batch`
-        writes it, and ``promptmill``: how the answer came about.
+        writes it, and ``promptmill``: how the answer came about. Of a row without an answer,
+        ``response.body`` and ``error`` say why, each as OpenAI has it in that place.
     """
     name = result.job_id.hex
     done = result.status is JobState.DONE
@@ -216,11 +222,11 @@ def output_line(result: JobResult) -> bytes:
     code = 200 if done else (error or {}).get("error", {}).get("code") or 500
     return _line(
         name=name,
-        custom_id=result.custom_id,
+        custom_id=custom_id or result.custom_id,
         status_code=code,
-        body=result.body if done else None,
+        body=result.body if done else error,
         error=error,
-        own=_provenance(result),
+        own=_provenance(result, twin=twin),
     )
 
 
@@ -234,8 +240,8 @@ def error_line(bad: BadLine) -> bytes:
         name=uuid4().hex,
         custom_id=bad.custom_id,
         status_code=400,
-        body=None,
-        error=_openai_error(bad.message, "BadRequestError", bad.param, 400),
+        body=(error := _openai_error(bad.message, "BadRequestError", bad.param, 400)),
+        error=error,
         own={"line": bad.number},
     )
 
@@ -258,10 +264,15 @@ def _line(
         "id": f"promptmill-{name}",
         "custom_id": custom_id,
         "response": response,
-        "error": error,
+        "error": error and {**_code_and_message(error), **error},
         "promptmill": own,
     }
     return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _code_and_message(error: dict[str, Any]) -> dict[str, Any]:
+    # OpenAI's own `error` of a line is these two; vLLM's is the whole body of the response.
+    return {"code": error["error"].get("type"), "message": error["error"].get("message")}
 
 
 def _error_body(result: JobResult) -> dict[str, Any]:
@@ -280,10 +291,24 @@ def _openai_error(message: str, kind: str, param: str | None, code: int) -> dict
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _provenance(result: JobResult) -> dict[str, Any]:
-    known = ("provenance", "cached", "similarity", "source_answer_id", "processing_time")
-    found = {key: result.metadata.get(key) for key in known}
+_TOLD = (
+    "provenance",
+    "cached",
+    "similarity",
+    "source_answer_id",
+    "answer_id",
+    "tokens",
+    "engine_s",
+    "processing_time",
+    "schema_retry",
+)
+
+
+def _provenance(result: JobResult, *, twin: bool) -> dict[str, Any]:
+    found = {name: result.metadata.get(name) for name in _TOLD}
+    if twin:
+        found |= {"provenance": Provenance.COALESCED.value, "source_answer_id": found["answer_id"]}
     return {
         "job_id": str(result.job_id),
-        **{key: value for key, value in found.items() if value is not None},
+        **{name: value for name, value in found.items() if value is not None},
     }

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 from schema.errors import BrokerUnavailableError, DatabaseUnavailableError
 from schema.jobs import JobState
 from schema.openai_batch import BadLine, BatchLine, error_line, id_digest, output_line
 from workers.batch_input import BatchInput, identity
+from workers.batch_order import beginning, stretches
 from workers.batch_output import BatchOutput
+from workers.batch_progress import BatchProgress
 from workers.batch_rows import DEFAULTS, BatchOptions, RowBuilder, batch_channel, open_batch
 from workers.cancellation import heed_cancellation
 from workers.cursors import START
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from uuid import UUID
 
     from schema.jobs import JobResult, JobSpec
     from workers.aio_client import AsyncJobClient
@@ -37,41 +39,6 @@ _SILENCE_S = 5.0
 _ASK_AT_ONCE = 1000
 # Seconds for which a server may be away before the run gives up; what is written stays.
 _PATIENCE_S = 120.0
-
-
-@dataclass(kw_only=True)
-class BatchProgress:
-    """Where a run stands; also its summary at the end."""
-
-    batch_id: UUID
-    read: int = 0  # rows of the input seen so far
-    kept: int = 0  # answered by an earlier run
-    written: int = 0  # lines written by this run
-    failed: int = 0  # of those written and kept, with an error
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    provenance: Counter[str] = field(default_factory=Counter)  # answers of this run by origin
-    read_all: bool = False  # the end of the input was reached, so `read` is the total
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the run began."""
-        return time.monotonic() - self.started
-
-    @property
-    def cached(self) -> int:
-        """Answers of this run that were not generated for their own row."""
-        return sum(self.provenance.values()) - self.provenance["generated"]
-
-    def add(self, result: JobResult) -> None:
-        """Count one answer."""
-        self.failed += result.status is not JobState.DONE
-        if result.status is JobState.DONE:
-            self.provenance[str(result.metadata.get("provenance", "generated"))] += 1
-        usage = (result.body or {}).get("usage") or {}
-        self.prompt_tokens += int(usage.get("prompt_tokens") or 0)
-        self.completion_tokens += int(usage.get("completion_tokens") or 0)
 
 
 async def run_batch(
@@ -105,7 +72,11 @@ async def run_batch(
     """
     with BatchInput(source) as rows:
         output = BatchOutput(
-            target, identity=identity(source), resume=options.resume, redo=options.redo
+            target,
+            errors=options.errors,
+            identity=identity(source),
+            resume=options.resume,
+            redo=options.redo,
         )
         try:
             run = _Run(client, await client.connection(), rows, output, options, on_progress)
@@ -121,8 +92,9 @@ class _Row:
     """A row under way."""
 
     place: int  # among the lines of this run's output, for file order
-    job_id: UUID | None
+    custom_id: str | None
     line: bytes | None = None  # what will be written, once known
+    failed: bool = False
 
 
 class _Run:
@@ -147,7 +119,9 @@ class _Run:
             client, options, output.batch_id, with_rows=connection.ledger is not None
         )
         self._room = asyncio.Semaphore(options.window)
-        self._under_way: dict[UUID, _Row] = {}
+        # The first of a job's rows is its own; the others ask the same.
+        self._under_way: dict[UUID, list[_Row]] = {}
+        self._jobs: dict[bytes, UUID] = {}  # under way, by what they ask
         self._held: dict[int, _Row] = {}  # finished ahead of their turn, by place
         self._places = self._next_place = 0
         self._reading = True
@@ -174,35 +148,52 @@ class _Run:
 
     async def _submit_all(self) -> None:
         group: list[JobSpec] = []
-        async for line in self._rows:
+        # No more than the window holds: with `ordered`, its first row may be the last submitted.
+        async for stretch in stretches(self._rows, most_rows=self._options.window):
             heed_cancellation()
-            self.progress.read += 1
-            if isinstance(line, BatchLine) and self._is_kept(line):
-                continue
-            if self._room.locked():
-                # What is in hand must be under way before waiting for room that it would make.
-                await self._send(group)
-            await self._room.acquire()
-            row = _Row(place=self._places, job_id=None)
-            self._places += 1
-            spec = line if isinstance(line, BadLine) else await self._builder.build(line)
-            if isinstance(spec, BadLine):
-                self.progress.failed += 1
-                self._finish(row, error_line(spec))
-                continue
-            row.job_id = spec.id
-            self._under_way[spec.id] = row
-            self._moved.set()
-            group.append(spec)
-            if len(group) >= self._client.settings.message_jobs or not self._rows.ready:
+            placed = [(line, self._places + at) for at, line in enumerate(self._wanted(stretch))]
+            self._places += len(placed)
+            for line, place in sorted(placed, key=lambda item: beginning(item[0])):
+                if self._room.locked():
+                    # What is in hand must be under way before waiting for room it would make.
+                    await self._send(group)
+                await self._room.acquire()
+                await self._submit(line, place, group)
+                if len(group) >= self._client.settings.message_jobs:
+                    await self._send(group)
+            if self._rows.is_live:
                 await self._send(group)
         await self._send(group)
         self.progress.read_all = True
         self._reading = False
         self._moved.set()
 
-    def _is_kept(self, line: BatchLine) -> bool:
-        return id_digest(line.custom_id) in self._output.kept.digests
+    def _wanted(self, stretch: list[BatchLine | BadLine]) -> list[BatchLine | BadLine]:
+        self.progress.read += len(stretch)
+        kept = self._output.kept.digests
+        return [
+            line
+            for line in stretch
+            if isinstance(line, BadLine) or id_digest(line.custom_id) not in kept
+        ]
+
+    async def _submit(self, line: BatchLine | BadLine, place: int, group: list[JobSpec]) -> None:
+        """Put a row under way, with a job of its own or as a further row of one that asks that."""
+        row = _Row(place=place, custom_id=line.custom_id)
+        built = line if isinstance(line, BadLine) else await self._builder.build(line)
+        if isinstance(built, BadLine):
+            self.progress.failed += 1
+            self._finish(row, error_line(built), failed=True)
+            return
+        if built.shared is not None:
+            known = self._jobs.get(built.shared)
+            if known is not None and (rows := self._under_way.get(known)) is not None:
+                rows.append(row)
+                return
+            self._jobs[built.shared] = built.spec.id
+        self._under_way[built.spec.id] = [row]
+        self._moved.set()
+        group.append(built.spec)
 
     async def _send(self, group: list[JobSpec]) -> None:
         if not group:
@@ -248,10 +239,18 @@ class _Run:
                 self._take(delivery.result)
             if found:
                 heard = time.monotonic()
+                await self._trim()
                 self._on_progress(self.progress)
             elif time.monotonic() - heard > _SILENCE_S:
                 heard = time.monotonic()
                 await self._ask(self._under_way)
+
+    async def _trim(self) -> None:
+        """Let Redis drop what was read: of a million rows it need not keep the answers."""
+        if self._connection.ledger is None:
+            return  # an interrupted run finds its answers there, and nowhere else
+        with suppress(BrokerUnavailableError):
+            await self._connection.channel.trim(self._namespace, self._channel, self._cursor)
 
     async def _ask(self, ids: Iterable[UUID]) -> None:
         """Take from Postgres the outcomes that are there already."""
@@ -272,13 +271,21 @@ class _Run:
 
     def _take(self, result: JobResult) -> None:
         # Repeats, and rows of an earlier run, are not under way.
-        row = self._under_way.pop(result.job_id, None)
-        if row is not None:
-            self.progress.add(result)
-            self._finish(row, output_line(result))
+        rows = self._under_way.pop(result.job_id, ())
+        for at, row in enumerate(rows):
+            twin = at > 0
+            self.progress.add(result, twin=twin)
+            line = output_line(result, custom_id=row.custom_id, twin=twin)
+            self._finish(row, line, failed=result.status is not JobState.DONE)
+        if len(self._jobs) > 2 * len(self._under_way) + _ASK_AT_ONCE:
+            # Of those that are over the worker's own cache knows.
+            self._jobs = {
+                asked: job_id for asked, job_id in self._jobs.items() if job_id in self._under_way
+            }
 
-    def _finish(self, row: _Row, line: bytes) -> None:
+    def _finish(self, row: _Row, line: bytes, *, failed: bool) -> None:
         row.line = line
+        row.failed = failed
         if not self._options.ordered:
             self._write(row)
         else:
@@ -288,16 +295,20 @@ class _Run:
                 self._write(following)
 
     def _write(self, row: _Row) -> None:
-        self._output.write(row.line or b"")
+        self._output.write(row.line or b"", failed=row.failed)
         self.progress.written += 1
         self._room.release()
 
     async def _close_batch(self) -> None:
         store = self._connection.ledger
         if store is not None:
+            counts = {
+                "completed": self.progress.read - self.progress.failed,
+                "failed": self.progress.failed,
+            }
             await store.update_batch(
                 self._namespace, self._output.batch_id, status="completed",
-                total=self.progress.read, details={"failed": self.progress.failed}, over=True,
+                total=self.progress.read, details={"counts": counts}, over=True,
             )  # fmt: skip
         # Every result is in the output: the channel has no other reader.
         await self._connection.channel.drop(self._namespace, self._channel)

@@ -8,11 +8,12 @@ import hashlib
 import io
 import sys
 import threading
+import zlib
 from collections import deque
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from schema.errors import ConfigurationError, InvalidFileError
 from schema.openai_batch import BadLine, BatchLine, BatchParser, read_lines
@@ -23,9 +24,14 @@ if TYPE_CHECKING:
 #: Name that stands for standard input or output.
 STANDARD = "-"
 _AHEAD = 1024
+_AHEAD_BYTES = 32 * 2**20
 # With so many lines and not one JSON object, the file is of another kind.
 _MOST_STRANGE = 1000
 _HEAD_BYTES = 1 << 20
+# Little at a time: what it expands to is in memory.
+_PACKED_BYTES = 1 << 14
+# What reading a file raises that is damaged, or no archive at all.
+_BROKEN = (OSError, EOFError, ValueError, zlib.error)
 
 
 def open_input(path: str) -> BinaryIO:
@@ -80,7 +86,7 @@ def check_input(path: str) -> None:
                 strange.append(line)
                 if len(strange) >= _MOST_STRANGE:
                     break
-        except (OSError, EOFError, ValueError) as exc:
+        except _BROKEN as exc:
             raise InvalidFileError(f"broke off: {exc}", path=path) from exc
     raise _not_jsonl(path, strange)
 
@@ -99,7 +105,55 @@ def _zstandard(path: str) -> BinaryIO:
     except ImportError:
         msg = "reading .zst needs the package zstandard: pip install zstandard"
         raise ConfigurationError(msg) from None
-    return io.BufferedReader(zstandard.open(path, "rb"))
+    return io.BufferedReader(_Zstandard(Path(path).open("rb"), zstandard), 1 << 20)
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses; unlike the package's own reader, it tells a file that was cut short."""
+
+    def __init__(self, file: BinaryIO, zstandard: Any) -> None:
+        self._file = file
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._error = zstandard.ZstdError
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        """Say so."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with plain bytes; 0 at the end."""
+        while not self._ready:
+            packed = self._file.read(_PACKED_BYTES)
+            if not packed:
+                if self._frame is not None:
+                    msg = "the compressed file was cut short"
+                    raise EOFError(msg)
+                return 0
+            try:
+                self._decompress(packed)
+            except self._error as exc:
+                raise OSError(str(exc)) from exc
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+    def _decompress(self, packed: bytes) -> None:
+        plain = []
+        while packed:
+            self._frame = self._frame or self._decompressor.decompressobj()
+            plain.append(self._frame.decompress(packed))
+            packed = b""
+            if self._frame.eof:
+                packed, self._frame = self._frame.unused_data, None
+        self._ready = b"".join(plain)
 
 
 def identity(path: str) -> dict[str, object] | None:
@@ -131,7 +185,7 @@ def identity(path: str) -> dict[str, object] | None:
 class BatchInput:
     """An async iterator over the requests of a batch file.
 
-    A thread reads, decompresses and parses, at most some thousand lines ahead.
+    A thread reads, decompresses and parses, a bit ahead: so many lines and so many bytes.
 
     Args:
         path: The file, or ``-``.
@@ -143,10 +197,10 @@ class BatchInput:
     def __init__(self, path: str) -> None:
         self._path = path
         self._file = open_input(path)
-        self._lines: deque[BatchLine | BadLine] = deque()
-        self._lock = threading.Lock()
-        self._room = threading.Semaphore(_AHEAD)
-        self._stop = threading.Event()
+        self._lines: deque[tuple[BatchLine | BadLine, int]] = deque()
+        self._bytes = 0  # of the lines that were read ahead
+        self._changed = threading.Condition()
+        self._stopped = False
         self._error: BaseException | None = None
         self._ended = False
         self._arrived = asyncio.Event()
@@ -156,6 +210,11 @@ class BatchInput:
     def ready(self) -> bool:
         """Whether a line is there already: reading on does not wait."""
         return bool(self._lines)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether somebody may still be writing it, so that the next line may be long in coming."""
+        return self._path == STANDARD or not Path(self._path).is_file()
 
     async def __aiter__(self) -> AsyncIterator[BatchLine | BadLine]:
         """Yield the lines in order.
@@ -170,25 +229,27 @@ class BatchInput:
         # A daemon: a read of standard input cannot be interrupted.
         threading.Thread(target=self._read, name="promptmill batch reader", daemon=True).start()
         while True:
-            while self._lines:
-                line = self._lines.popleft()
-                self._room.release()
-                yield line
-            with self._lock:
-                if self._ended and not self._lines:
+            with self._changed:
+                taken = self._lines.popleft() if self._lines else None
+                if taken is not None:
+                    self._bytes -= taken[1]
+                    self._changed.notify()
+                elif self._ended:
                     break
-                wait = not self._lines
-                if wait:
+                else:
                     self._arrived.clear()
-            if wait:
+            if taken is not None:
+                yield taken[0]
+            else:
                 await self._arrived.wait()
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
         """Stop reading; idempotent."""
-        self._stop.set()
-        self._room.release()
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
         if self._path != STANDARD:
             self._file.close()
 
@@ -203,13 +264,13 @@ class BatchInput:
     def _read(self) -> None:
         try:
             self._parse_all()
-        except (OSError, EOFError, ValueError) as exc:
-            if not self._stop.is_set():
+        except _BROKEN as exc:
+            if not self._stopped:
                 self._error = InvalidFileError(f"broke off: {exc}", path=self._path)
         except BaseException as exc:  # noqa: BLE001  raised again where the lines are read
             self._error = exc
         finally:
-            with self._lock:
+            with self._changed:
                 self._ended = True
             self._tell()
 
@@ -225,20 +286,27 @@ class BatchInput:
                         continue
                     raise _not_jsonl(self._path, strange)
                 for bad in strange:
-                    self._put(bad)
+                    self._put(bad, 0)
                 strange = None
-            self._put(line)
-            if self._stop.is_set():
+            self._put(line, len(raw or b""))
+            if self._stopped:
                 return
         if strange is not None:
             raise _not_jsonl(self._path, strange)
 
-    def _put(self, line: BatchLine | BadLine) -> None:
-        self._room.acquire()
-        # Under the lock, or the reader might take the last line between these two and never wake.
-        with self._lock:
+    def _put(self, line: BatchLine | BadLine, size: int) -> None:
+        with self._changed:
+            # One line, however long, is always let in.
+            self._changed.wait_for(
+                lambda: (
+                    self._stopped
+                    or not self._lines
+                    or (len(self._lines) < _AHEAD and self._bytes + size <= _AHEAD_BYTES)
+                )
+            )
             first = not self._lines
-            self._lines.append(line)
+            self._lines.append((line, size))
+            self._bytes += size
         if first:
             self._tell()
 

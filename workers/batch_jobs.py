@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -9,17 +10,22 @@ from schema.errors import JobNotFoundError
 from schema.jobs import JobState
 from schema.openai_batch import BadLine, error_line, output_line
 from workers.batch_input import BatchInput
+from workers.batch_order import STRETCH_ROWS, beginning, stretches
 from workers.batch_output import BatchOutput
 from workers.batch_rows import DEFAULTS, BatchOptions, RowBuilder, open_batch
+from workers.cancellation import heed_cancellation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from schema.jobs import JobSpec
     from workers.aio_client import AsyncJobClient
     from workers.store.records import Batch
 
 _PAGE = 500
+_LOOK_S = 0.5
 # Lines that could not become jobs are kept with the batch, up to so many.
-_MOST_ERRORS = 1000
+_MOST_ERRORS = 100_000
 
 
 async def submit_batch(
@@ -43,36 +49,59 @@ async def submit_batch(
     connection = await client.connection()
     store = connection.store("submitting a batch to be collected later")
     namespace = options.namespace or client.settings.namespace
-    batch_id, total = uuid4(), 0
+    batch_id, total, refused = uuid4(), 0, 0
     errors: list[dict[str, Any]] = []
     group: list[JobSpec] = []
+    urls: set[str] = set()
     builder = RowBuilder(client, options, batch_id, with_rows=True)
     with BatchInput(source) as rows:
-        opened = False
-        async for line in rows:
-            if not opened:
+        async for stretch in stretches(rows, most_rows=STRETCH_ROWS):
+            if total == 0:
                 await open_batch(connection, namespace, batch_id, source)
-                opened = True
-            total += 1
-            spec = line if isinstance(line, BadLine) else await builder.build(line)
-            if isinstance(spec, BadLine):
-                errors.append(
-                    {
-                        "line": spec.number,
-                        "message": spec.message,
-                        "custom_id": spec.custom_id,
-                        "param": spec.param,
-                    }
-                )
-                continue
-            group.append(spec)
-            if len(group) >= client.settings.message_jobs:
-                await client.submit_specs(group, wait_s=float("inf"))
-                group = []
+            total += len(stretch)
+            for line in sorted(stretch, key=beginning):
+                built = line if isinstance(line, BadLine) else await builder.build(line)
+                if isinstance(built, BadLine):
+                    refused += 1
+                    if len(errors) < _MOST_ERRORS:
+                        errors.append(_kept(built))
+                    continue
+                urls.add(line.url)
+                group.append(built.spec)
+                if len(group) >= client.settings.message_jobs:
+                    await client.submit_specs(group, wait_s=float("inf"))
+                    group = []
         await client.submit_specs(group, wait_s=float("inf"))
-    details = {"errors": errors[:_MOST_ERRORS], "refused": len(errors)}
+    errors.sort(key=lambda error: int(error["line"]))
+    details: dict[str, Any] = {"errors": errors, "refused": refused}
+    if len(urls) == 1:
+        details["endpoint"] = urls.pop()
     await store.update_batch(namespace, batch_id, total=total, details=details)
     return await describe(client, batch_id, namespace=namespace)
+
+
+def _kept(bad: BadLine) -> dict[str, Any]:
+    return {
+        "line": bad.number,
+        "message": bad.message,
+        "custom_id": bad.custom_id,
+        "param": bad.param,
+    }
+
+
+def _refused(batch: Batch) -> Iterator[BadLine]:
+    """Yield the lines that could not become jobs; of very many, the rest as one."""
+    kept = list(batch.details.get("errors") or ())
+    for wrong in kept:
+        yield BadLine(
+            number=wrong["line"],
+            message=wrong["message"],
+            custom_id=wrong["custom_id"],
+            param=wrong["param"],
+        )
+    if (more := int(batch.details.get("refused") or 0) - len(kept)) > 0:
+        last = kept[-1]["line"]
+        yield BadLine(number=last, message=f"{more} more lines were refused and are not listed")
 
 
 async def describe(
@@ -105,34 +134,68 @@ async def describe(
 
 
 def _object(batch: Batch, counts: dict[JobState, int]) -> dict[str, Any]:
-    refused = int(batch.details.get("refused") or 0)
+    """Return a batch with the fields of OpenAI's, and what we know beside them."""
+    finished = batch.finished_at and int(batch.finished_at.timestamp())
+    wrong = [
+        {"code": "invalid_line", "line": error["line"], "message": error["message"],
+         "param": error["param"]}
+        for error in batch.details.get("errors") or ()
+    ]  # fmt: skip
+    created = int(batch.created_at.timestamp())
     return {
         "id": str(batch.id),
         "object": "batch",
+        "endpoint": batch.details.get("endpoint"),
+        "errors": {"object": "list", "data": wrong} if wrong else None,
+        "input_file_id": batch.source,
         "status": batch.status,
-        "input_file": batch.source,
-        "request_counts": {
-            "total": batch.total if batch.total is not None else sum(counts.values()) + refused,
-            "completed": counts[JobState.DONE],
-            "failed": refused
-            + sum(counts[state] for state in JobState if state.terminal)
-            - counts[JobState.DONE],
-        },
+        "created_at": created,
+        "in_progress_at": created,
+        "completed_at": finished if batch.status == "completed" else None,
+        "cancelled_at": finished if batch.status == "cancelled" else None,
+        "request_counts": _request_counts(batch, counts),
         "states": {state.value: count for state, count in counts.items()},
-        "created_at": batch.created_at.isoformat(),
-        "finished_at": batch.finished_at and batch.finished_at.isoformat(),
+        "namespace": batch.namespace,
     }
 
 
+def _request_counts(batch: Batch, counts: dict[JobState, int]) -> dict[str, int]:
+    refused = int(batch.details.get("refused") or 0)
+    done = counts[JobState.DONE]
+    over = sum(counts[state] for state in JobState if state.terminal)
+    # Whoever waited for all rows has counted them, those that shared a job with another included.
+    known = batch.details.get("counts") or {"completed": done, "failed": refused + over - done}
+    total = batch.total if batch.total is not None else sum(counts.values()) + refused
+    return {"total": total, **known}
+
+
+def is_over(described: dict[str, Any]) -> bool:
+    """Whether nothing of a batch is to come.
+
+    Args:
+        described: As `describe` gives it.
+    """
+    return described["completed_at"] is not None or described["cancelled_at"] is not None
+
+
 async def collect(
-    client: AsyncJobClient, batch_id: UUID, target: str, *, namespace: str | None = None
+    client: AsyncJobClient,
+    batch_id: UUID,
+    target: str,
+    *,
+    errors: str | None = None,
+    namespace: str | None = None,
 ) -> dict[str, Any]:
-    """Write what a batch has answered so far, in the form of `run_batch`; the newest rows first.
+    """Write what a batch has answered so far, in the form of `run_batch` and in file order.
+
+    While rows are missing a file is left as ``TARGET.partial``: only what is complete bears the
+    name that was asked for.
 
     Args:
         client: With a database.
         batch_id: The batch.
         target: Output file, or ``-``.
+        errors: File for the rows that failed, which `target` then leaves out.
         namespace: Tenant; the settings' own unless told.
 
     Returns:
@@ -148,26 +211,54 @@ async def collect(
     described = await describe(client, batch_id, namespace=tenant)
     store = (await client.connection()).store("the results of a batch")
     batch = await store.batch(tenant, batch_id)
-    output = BatchOutput(target)
+    output = BatchOutput(target, errors=errors)
     try:
-        for wrong in (batch.details.get("errors") if batch else None) or ():
-            bad = BadLine(
-                number=wrong["line"],
-                message=wrong["message"],
-                custom_id=wrong["custom_id"],
-                param=wrong["param"],
-            )
-            output.write(error_line(bad))
-        before: UUID | None = None
-        while page := await store.list_jobs(tenant, batch_id=batch_id, limit=_PAGE, before=before):
-            before = page[-1].job_id
-            found = await store.results(tenant, [job.job_id for job in page])
-            for result in found.values():
-                output.write(output_line(result))
-        output.complete()
+        for bad in _refused(batch) if batch is not None else ():
+            output.write(error_line(bad), failed=True)
+        after = -1
+        while page := await store.batch_results(tenant, batch_id, after=after, limit=_PAGE):
+            after = page[-1][0]
+            for _, result in page:
+                output.write(output_line(result), failed=result.status is not JobState.DONE)
+        output.flush()
+        if is_over(described):
+            output.complete()
     finally:
         output.close()
     return described
+
+
+async def wait_until_over(
+    client: AsyncJobClient,
+    batch_id: UUID,
+    *,
+    namespace: str | None = None,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Wait until nothing of a batch is to come.
+
+    Args:
+        client: With a database.
+        batch_id: The batch.
+        namespace: Tenant; the settings' own unless told.
+        on_progress: Told where it stands, each time that is looked up.
+
+    Returns:
+        The batch as `describe` gives it.
+
+    Raises:
+        JobNotFoundError: The namespace has no such batch.
+        ConfigurationError: This client has no database.
+        DatabaseUnavailableError: Postgres cannot be used now.
+    """
+    while True:
+        heed_cancellation()
+        described = await describe(client, batch_id, namespace=namespace)
+        if on_progress is not None:
+            on_progress(described)
+        if is_over(described):
+            return described
+        await asyncio.sleep(_LOOK_S)
 
 
 async def cancel_batch(

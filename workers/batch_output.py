@@ -46,6 +46,7 @@ class BatchOutput:
 
     Args:
         path: The file, ``-`` for standard output; ``.gz`` and ``.zst`` are compressed at the end.
+        errors: File for the lines of rows that failed; None leaves them among the others.
         identity: What tells the input from others; see `workers.batch_input.identity`.
         resume: Whether to go on with what an earlier run left.
         redo: Rows of the earlier run to be answered anew.
@@ -58,6 +59,7 @@ class BatchOutput:
         self,
         path: str,
         *,
+        errors: str | None = None,
         identity: dict[str, object] | None = None,
         resume: bool = False,
         redo: Redo | None = None,
@@ -65,6 +67,8 @@ class BatchOutput:
         self.path = path
         self.batch_id: UUID = uuid4()
         self.kept = Kept(digests=frozenset(), answered=0, failed=0)
+        self._errors_path = errors
+        self._apart: BinaryIO | None = None  # takes failed lines beside standard output
         self._unflushed = 0
         self._journal = Path(f"{path}.partial.json")
         self._partial = Path(f"{path}.partial")
@@ -73,21 +77,28 @@ class BatchOutput:
             if resume or redo:
                 msg = "standard output cannot be resumed; name a file"
                 raise InvalidFileError(msg, path=path)
+            if errors is not None:
+                with self._errors(errors):
+                    self._apart = Path(f"{errors}.partial").open("wb")  # noqa: SIM115  `close` does
             return
         _check_compressor(path)
         with self._errors():
             self._open(identity, resume=resume, redo=redo)
 
-    def write(self, line: bytes) -> None:
+    def write(self, line: bytes, *, failed: bool = False) -> None:
         """Append one line.
 
         Args:
             line: With its newline.
+            failed: Whether it tells of a failure.
 
         Raises:
             InvalidFileError: It cannot be written, as on a full disk. Lines before it are safe.
         """
         with self._errors():
+            if failed and self._apart is not None:
+                self._apart.write(line)
+                return
             self._file.write(line)
             self._unflushed += len(line)
             if self._unflushed >= _FLUSH_BYTES:
@@ -112,21 +123,42 @@ class BatchOutput:
         with self._errors():
             self._file.flush()
             if self.path == STANDARD:
+                self._complete_apart()
                 return
             os.fsync(self._file.fileno())
-            if self.path.endswith((".gz", ".zst")):
-                _compress(self._partial, self.path)
-                self._partial.unlink()
+            if self._errors_path is not None:
+                self._complete_both(self._errors_path)
             else:
-                self._partial.replace(self.path)
+                _publish(self._partial, self.path)
             self._journal.unlink(missing_ok=True)
             self._file.close()
 
+    def _complete_apart(self) -> None:
+        if self._apart is not None and self._errors_path is not None:
+            self._apart.close()
+            _publish(Path(self._apart.name), self._errors_path)
+
+    def _complete_both(self, errors: str) -> None:
+        """Part the lines; the partial output goes last, so that a second try finds it whole."""
+        good, bad = Path(f"{self.path}.good"), Path(f"{errors}.bad")
+        with self._partial.open("rb") as lines, good.open("wb") as fine, bad.open("wb") as wrong:
+            for line in lines:
+                (wrong if orjson.loads(line)["error"] is not None else fine).write(line)
+        if bad.stat().st_size:
+            _publish(bad, errors)
+        else:
+            # As OpenAI has it: no failure, no file. One of an earlier run would be taken for ours.
+            bad.unlink()
+            Path(errors).unlink(missing_ok=True)
+        _publish(good, self.path)
+        self._partial.unlink()
+
     def close(self) -> None:
         """Close without completing: what was written waits to be resumed. Idempotent."""
-        if self.path != STANDARD and not self._file.closed:
-            with contextlib.suppress(OSError):  # a full disk was reported when it was met
-                self._file.close()
+        for file in (None if self.path == STANDARD else self._file, self._apart):
+            if file is not None and not file.closed:
+                with contextlib.suppress(OSError):  # a full disk was reported when it was met
+                    file.close()
 
     def _open(self, identity: dict[str, object] | None, *, resume: bool, redo: Redo | None) -> None:
         if Path(self.path).is_dir():
@@ -151,24 +183,27 @@ class BatchOutput:
         # Other rows under the same names, or the same rows wanted anew, are other jobs.
         if note and not redo and note.get("input") == identity:
             self.batch_id = UUID(note["batch_id"])
-        if self._partial.stat().st_size == 0 and Path(self.path).exists():
-            with open_input(self.path) as complete:
-                shutil.copyfileobj(complete, self._file)
+        if self._partial.stat().st_size == 0:
+            for former in (self.path, self._errors_path):
+                if former is not None and Path(former).is_file() and Path(former).stat().st_size:
+                    with open_input(former) as complete:
+                        shutil.copyfileobj(complete, self._file)
             self._file.flush()
         self.kept = _tidy(self._partial, self._file, _REDO[redo] if redo else None)
 
     @contextlib.contextmanager
-    def _errors(self) -> Any:
+    def _errors(self, path: str | None = None) -> Any:
+        path = path or self.path
         try:
             yield
         except OSError as exc:
             if isinstance(exc, BrokenPipeError):
                 msg = "whoever read the output has gone"
-                raise InvalidFileError(msg, path=self.path) from exc
+                raise InvalidFileError(msg, path=path) from exc
             safe = f"; what is in {self._partial} is safe, and --resume goes on from there"
             msg = f"cannot be written: {exc.strerror or exc}"
             known = self.path != STANDARD and self._partial.exists()
-            raise InvalidFileError(msg + (safe if known else ""), path=self.path) from exc
+            raise InvalidFileError(msg + (safe if known else ""), path=path) from exc
 
 
 def check_output(path: str) -> None:
@@ -258,7 +293,11 @@ def _check_compressor(path: str) -> None:
         raise ConfigurationError(msg)
 
 
-def _compress(source: Path, target: str) -> None:
+def _publish(source: Path, target: str) -> None:
+    """Give a whole file its name, compressed where the name says so."""
+    if not target.endswith((".gz", ".zst")):
+        source.replace(target)
+        return
     made = Path(f"{target}.tmp")
     with source.open("rb") as plain:
         if target.endswith(".gz"):
@@ -268,3 +307,4 @@ def _compress(source: Path, target: str) -> None:
             with made.open("wb") as out:
                 import_module("zstandard").ZstdCompressor().copy_stream(plain, out)
     made.replace(target)
+    source.unlink()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from schema.errors import InvalidRequestError
 from schema.openai_batch import BadLine, BatchLine
+from workers.batch_order import may_share, request_digest
 from workers.submission import SubmitDefaults, build_spec
 
 if TYPE_CHECKING:
@@ -32,8 +30,12 @@ class BatchOptions:
     max_tokens: int | None = None  # new limit for every row
     ordered: bool = False  # lines in the order of the input
     window: int = 4096  # rows under way at most
+    errors: str | None = None  # file for the rows that failed, which the output then leaves out
+    schema: dict[str, Any] | None = None  # JSON schema that every generated answer must fit
     job: dict[str, Any] = field(default_factory=dict)  # further `SubmitOptions` of every row
 
+
+_GENERATING = ("/v1/chat/completions", "/v1/completions")
 
 #: Every option left to its default.
 DEFAULTS = BatchOptions()
@@ -68,6 +70,14 @@ async def open_batch(
         await store.create_batch(namespace, batch_id=batch_id, source=source, details=details)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuiltRow:
+    """The job of a row."""
+
+    spec: JobSpec
+    shared: bytes | None  # what it asks, where an equal row may be given the same answer
+
+
 class RowBuilder:
     """Makes the jobs of one batch.
 
@@ -85,12 +95,16 @@ class RowBuilder:
         self._options = options
         self._batch_id = batch_id
         self._with_rows = with_rows
+        self._schema = options.schema and {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": options.schema},
+        }
         self._defaults = SubmitDefaults(
             namespace=options.namespace or client.settings.namespace,
             max_prompt_bytes=client.settings.max_prompt_bytes,
         )
 
-    async def build(self, line: BatchLine) -> JobSpec | BadLine:
+    async def build(self, line: BatchLine) -> BuiltRow | BadLine:
         """Return the job of a row, or what is wrong with it.
 
         Args:
@@ -100,21 +114,25 @@ class RowBuilder:
         if self._options.max_tokens is not None:
             body.pop("max_completion_tokens", None)
             body["max_tokens"] = self._options.max_tokens
+        if self._schema is not None and line.url in _GENERATING:
+            body["response_format"] = self._schema
         # The same row under the same batch is the same job, however often it is submitted.
-        digest = hashlib.sha256(orjson.dumps([line.url, body], option=orjson.OPT_SORT_KEYS))
+        digest = request_digest(line.url, body)
         options: dict[str, Any] = {
             **self._options.job,
             "url": line.url,
             "body": body,
             "channel": batch_channel(self._batch_id),
             "custom_id": line.custom_id,
-            "idempotency_key": f"{self._batch_id.hex}:{line.number}:{digest.hexdigest()}",
+            "idempotency_key": f"{self._batch_id.hex}:{line.number}:{digest.hex()}",
             "model": self._options.model or await self._served(body.get("model")),
         }
         if self._with_rows:
             options |= {"batch_id": self._batch_id, "row": line.number - 1}
+        shares = may_share(line.url, body, self._options.job.get("reuse"))
         try:
-            return build_spec(None, options, self._defaults)
+            spec = build_spec(None, options, self._defaults)
+            return BuiltRow(spec=spec, shared=digest if shares else None)
         except InvalidRequestError as exc:
             return BadLine(
                 number=line.number,

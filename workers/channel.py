@@ -102,6 +102,21 @@ class ResultChannel:
             )
         return newest[0][0].decode() if newest else START
 
+    async def trim(self, namespace: str, channel: str, cursor: str) -> None:
+        """Drop what stands before an entry, approximately; for a channel with one reader.
+
+        Args:
+            namespace: Tenant.
+            channel: Name of the channel.
+            cursor: The entry.
+
+        Raises:
+            BrokerUnavailableError: Redis failed.
+        """
+        stream = names.results_stream(namespace, channel)
+        with broker_errors("trimming a channel"):
+            await self._redis.xtrim(stream, minid=checked_cursor(cursor), approximate=True)
+
     async def drop(self, namespace: str, channel: str) -> None:
         """Drop a channel with all that is in it.
 

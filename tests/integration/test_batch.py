@@ -6,11 +6,15 @@ import asyncio
 import contextlib
 import gzip
 import json
+import os
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
+import zstandard
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
@@ -19,6 +23,7 @@ from schema.errors import InvalidFileError
 from schema.jobs import JobResult, JobState
 from workers import AsyncJobClient, Settings
 from workers.batch import BatchOptions, BatchProgress, run_batch
+from workers.batch_jobs import describe
 from workers.cancellation import heed_cancellation
 from workers.channel import ResultChannel
 from workers.store.database import Database
@@ -201,6 +206,17 @@ async def test_order_and_a_small_window(
     assert lines == [f"r{n}" for n in range(100)]
 
 
+async def send_anew(client: AsyncJobClient, worker: PlayedWorker) -> None:
+    """Send what a tired worker gave back, as recovery does."""
+    route = wire.Route(
+        namespace=client.settings.namespace,
+        model=client.settings.served_model_name or "",
+        priority=names.DEFAULT_PRIORITY,
+    )
+    message = wire.JobMessage(namespace=route.namespace, sent_at=0.0, ids=tuple(worker.left))
+    await worker.redis.lpush(route.key, wire.encode(message, route))
+
+
 async def test_an_interrupted_run_goes_on_to_the_row(
     client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
 ):
@@ -213,13 +229,7 @@ async def test_an_interrupted_run_goes_on_to_the_row(
     with (tmp_path / "out.partial").open("ab") as torn:
         torn.write(b'{"id": "torn", "custom')
     worker.most = None
-    route = wire.Route(
-        namespace=client.settings.namespace,
-        model=client.settings.served_model_name or "",
-        priority=names.DEFAULT_PRIORITY,
-    )
-    message = wire.JobMessage(namespace=route.namespace, sent_at=0.0, ids=tuple(worker.left))
-    await worker.redis.lpush(route.key, wire.encode(message, route))
+    await send_anew(client, worker)
     task = asyncio.create_task(worker.work())
     summary = await run(client, source, tmp_path / "out", resume=True)
     task.cancel()
@@ -318,32 +328,184 @@ async def test_an_output_that_cannot_be_written_is_refused_first(
     assert await client.jobs() == []
 
 
+def command(settings: Settings, *words: str, most_bytes: int | None = None) -> Any:
+    """Start the command ``batch run`` with these servers; no file may grow beyond `most_bytes`."""
+    assert settings.database_url
+    assert settings.redis_url
+    environment = {
+        **os.environ,
+        "PROMPTMILL_DATABASE_URL": settings.database_url.get_secret_value(),
+        "PROMPTMILL_REDIS_URL": settings.redis_url.get_secret_value(),
+        "PROMPTMILL_NAMESPACE": settings.namespace,
+        "PROMPTMILL_SERVED_MODEL_NAME": settings.served_model_name or "",
+        "PROMPTMILL_MESSAGE_JOBS": "8",
+    }
+    limit = [] if most_bytes is None else ["prlimit", f"--fsize={most_bytes}"]
+    return asyncio.create_subprocess_exec(
+        *limit,
+        *(sys.executable, "-m", "workers.cli", "batch", "run", *words),
+        env=environment,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
 async def test_a_full_disk_leaves_what_is_safe(
-    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
 ):
-    source = write(tmp_path / "in", [row(f"r{n}") for n in range(10)])
-    from workers.batch_output import BatchOutput
+    rows = [row(f"r{n}", text="x" * 1000) for n in range(40)]
+    source, target = write(tmp_path / "in", rows), tmp_path / "out"
+    # The limit stands for a disk that is full: writing beyond it fails.
+    process = await command(settings, source, "-o", str(target), most_bytes=20_000)
+    async with asyncio.timeout(60):
+        _, said = await process.communicate()
+    assert process.returncode == 2, said
+    assert "out: cannot be written: File too large" in said.decode()
+    assert f"what is in {target}.partial is safe, and --resume goes on from there" in said.decode()
+    assert not target.exists()
+    summary = await run(client, source, target, resume=True)
+    assert 0 < summary.kept < 20
+    assert len(read(target)) == 40
+    assert sorted(worker.ran) == sorted(f"r{n}" for n in range(40))
 
-    calls = 0
-    original = BatchOutput.write
 
-    def full(self: BatchOutput, line: bytes) -> None:
-        nonlocal calls
-        calls += 1
-        with self._errors():
-            if calls > 4:
-                raise OSError(28, "No space left on device")
-        original(self, line)
+async def test_a_killed_run_goes_on_to_the_row(
+    settings: Settings, client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
+):
+    source, target = write(tmp_path / "in", [row(f"r{n}") for n in range(80)]), tmp_path / "out"
+    worker.most = 30
+    process = await command(settings, source, "-o", str(target))
+    async with asyncio.timeout(60):
+        while len(worker.ran) < 30 or not (tmp_path / "out.partial").exists():
+            await asyncio.sleep(0.01)
+    process.kill()
+    await process.communicate()
+    assert not target.exists()
+    worker.most = None
+    again = asyncio.create_task(worker.work())
+    try:
+        await send_anew(client, worker)
+        summary = await run(client, source, target, resume=True)
+    finally:
+        again.cancel()
+    assert read(target).keys() == {f"r{n}" for n in range(80)}
+    assert sorted(worker.ran) == sorted(f"r{n}" for n in range(80))
+    assert summary.kept + summary.written == 80
 
-    monkeypatch.setattr(BatchOutput, "write", full)
-    with pytest.raises(InvalidFileError, match=r"No space left on device; what is in .* is safe"):
-        await run(client, source, tmp_path / "out")
-    monkeypatch.setattr(BatchOutput, "write", original)
+
+async def test_rows_that_ask_the_same_are_one_job(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
+):
+    def asks(name: str, **body: Any) -> dict[str, Any]:
+        return {**row(name), "body": {"say": "same", **body}}
+
+    rows = [asks(f"greedy{n}", temperature=0) for n in range(5)]
+    rows += [asks(f"seeded{n}", seed=7) for n in range(3)]
+    rows += [asks(f"sampled{n}", temperature=1) for n in range(2)]
+    source = write(tmp_path / "in", rows)
+    summary = await run(client, source, tmp_path / "out", ordered=True)
+    out = read(tmp_path / "out")
+    assert list(out) == [request["custom_id"] for request in rows]
+    assert len(worker.ran) == 4  # one greedy, one seeded, and each of the sampled
+    assert summary.provenance == {"generated": 4, "coalesced": 6}
+    assert summary.cached_share == 0.6
+    assert out["greedy3"]["promptmill"]["provenance"] == "coalesced"
+    assert len({out[f"greedy{n}"]["promptmill"]["job_id"] for n in range(5)}) == 1
+    worker.ran.clear()
+    await run(client, source, tmp_path / "off", job={"reuse": "off"})
+    assert len(worker.ran) == 10
+    # All rows count, and a row that failed with its twin is redone with it.
+    batch = await describe(client, summary.batch_id)
+    assert batch["request_counts"] == {"total": 10, "completed": 10, "failed": 0}
+
+
+async def test_rows_that_begin_alike_run_next_to_each_other(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
+):
+    def asks(document: int, question: int) -> dict[str, Any]:
+        turns = [
+            {"role": "system", "content": f"Document {document}: " + "word " * 300},
+            {"role": "user", "content": f"Question {question}?"},
+        ]
+        return {
+            **row(f"{document}-{question}"),
+            "body": {"say": f"{document}-{question}", "messages": turns},
+        }
+
+    rows = [asks(document, question) for question in range(10) for document in range(4)]
+    await run(client, write(tmp_path / "in", rows), tmp_path / "out")
+    documents = [name.split("-")[0] for name in worker.ran]
+    changes = sum(here != there for here, there in pairwise(documents))
+    # Jobs of one message are claimed together, in no order of ours; between messages it holds.
+    assert changes < 20, documents
+    worker.ran.clear()
+    # Nor does a small window, which holds less than what belongs together, stop anything.
+    await run(client, write(tmp_path / "in", rows), tmp_path / "few", ordered=True, window=3)
+    assert list(read(tmp_path / "few")) == [request["custom_id"] for request in rows]
+
+
+async def test_failed_rows_may_have_a_file_of_their_own(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
+):
+    source = write(tmp_path / "in", [row("a"), row("bad", fail=True), "nonsense", row("b")])
+    out, wrong = tmp_path / "out.gz", tmp_path / "wrong"
+    await run(client, source, out, errors=str(wrong))
+    with gzip.open(out, "rt") as lines:
+        assert {json.loads(line)["custom_id"] for line in lines} == {"a", "b"}
+    assert read(wrong).keys() == {"bad", None}
+    worker.ran.clear()
+    await run(client, source, out, errors=str(wrong), redo="failed")
+    assert worker.ran == ["bad"]
+    assert names_in(tmp_path) == ["in", "out.gz", "wrong"]
+    # Without a failure there is no such file, nor one of before.
+    await run(client, write(tmp_path / "in", [row("a")]), out, errors=str(wrong))
+    assert names_in(tmp_path) == ["in", "out.gz"]
+
+
+async def test_a_row_that_is_written_now_is_answered_now(
+    settings: Settings, worker: PlayedWorker, tmp_path: Path
+):
+    process = await command(settings, "-", "-o", "-")
+    try:
+        async with asyncio.timeout(60):
+            for name in ("first", "second"):
+                process.stdin.write(json.dumps(row(name)).encode() + b"\n")
+                while name not in worker.ran:
+                    await asyncio.sleep(0.01)
+            process.stdin.close()
+            out, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert [json.loads(line)["custom_id"] for line in out.splitlines()] == ["first", "second"]
+
+
+async def test_zstandard_in_and_out(client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path):
+    # Two frames one after the other, as from appending to a file.
+    lines = [json.dumps(row(name)).encode() + b"\n" for name in "ab"]
+    (tmp_path / "in.zst").write_bytes(b"".join(map(zstandard.compress, lines)))
+    await run(client, str(tmp_path / "in.zst"), tmp_path / "out.zst")
+    with zstandard.open(tmp_path / "out.zst", "rt") as out:
+        assert {json.loads(line)["custom_id"] for line in out.read().splitlines()} == {"a", "b"}
+    await run(client, str(tmp_path / "in.zst"), tmp_path / "out.zst", resume=True)
+    assert worker.ran == ["a", "b"]
+
+
+@pytest.mark.parametrize("ending", [".zst", ".gz"])
+async def test_an_archive_that_was_cut_short_is_not_passed_off_as_whole(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path, ending: str
+):
+    plain = b"".join(json.dumps(row(uuid4().hex)).encode() + b"\n" for _ in range(300))
+    packed = zstandard.compress(plain) if ending == ".zst" else gzip.compress(plain)
+    source = tmp_path / f"in{ending}"
+    source.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(InvalidFileError, match="broke off"):
+        await run(client, str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    summary = await run(client, source, tmp_path / "out", resume=True)
-    assert summary.kept == 4
-    assert len(read(tmp_path / "out")) == 10
-    assert sorted(worker.ran) == sorted(f"r{n}" for n in range(10))
+    source.write_bytes(packed[:4] + b"?" * 1000)
+    with pytest.raises(InvalidFileError, match="broke off"):
+        await run(client, str(source), tmp_path / "out")
 
 
 async def test_two_runs_do_not_share_an_output(

@@ -141,13 +141,24 @@ def test_a_batch_that_nobody_waits_for(command: Command, tmp_path: Path):
     batch = command("batch", "submit", source)
     assert command.json("batch", "status", batch)["status"] == "in_progress"
     command("batch", "results", batch, "-o", str(tmp_path / "out"), code=1)
+    assert "1 of 4 rows are over; what there is stands in" in command.err
+    assert not (tmp_path / "out").exists()
     command.work()
     found = command.json("batch", "status", batch)
     assert found["status"] == "completed"
     assert found["request_counts"] == {"total": 4, "completed": 2, "failed": 2}
-    command("batch", "results", batch, "-o", str(tmp_path / "out"))
+    assert found["endpoint"] == "/v1/chat/completions"
+    assert found["completed_at"] >= found["created_at"]
+    assert found["errors"]["data"][0]["line"] == 4
+    command("batch", "results", batch, "-o", str(tmp_path / "out"), "--wait")
     lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    assert {line["custom_id"] for line in lines} == {"a", "b", "fail", None}
+    # What is wrong with the file comes first, then its rows in their order.
+    assert [line["custom_id"] for line in lines] == [None, "a", "b", "fail"]
+    apart = ("--errors", str(tmp_path / "wrong"))
+    command("batch", "results", batch, "-o", str(tmp_path / "out"), *apart)
+    rows = {name: (tmp_path / name).read_text().splitlines() for name in ("out", "wrong")}
+    assert {json.loads(line)["custom_id"] for line in rows["out"]} == {"a", "b"}
+    assert {json.loads(line)["custom_id"] for line in rows["wrong"]} == {"fail", None}
     printed = command("batch", "results", batch)
     assert len(printed.splitlines()) == 4
     assert [row["id"] for row in command.json("batch", "list")] == [batch]

@@ -38,7 +38,8 @@ def parse(raw: bytes, **options: Any) -> list[BatchLine | BadLine]:
 
 
 def test_a_request_is_read():
-    assert parse(line()) == [BatchLine(number=1, custom_id="a", url=URL, body={"x": 1})]
+    size = len(line())
+    assert parse(line()) == [BatchLine(number=1, custom_id="a", url=URL, body={"x": 1}, size=size)]
 
 
 def test_blank_lines_marks_and_ends_of_other_systems_are_no_matter():
@@ -195,8 +196,26 @@ def test_an_answer_has_the_form_of_vllm():
 def test_a_failure_says_why(outcome: JobResult, code: int, message: str):
     value = json.loads(output_line(outcome))
     assert value["response"]["status_code"] == code
-    assert value["response"]["body"] is None
+    assert value["response"]["body"] == {"error": value["error"]["error"]}
     assert value["error"]["error"]["message"] == message
+    assert value["error"]["message"] == message
+    assert value["error"]["code"] == value["error"]["error"].get("type")
+
+
+def test_a_line_says_what_its_answer_cost_and_whose_it_was():
+    metadata = {
+        "provenance": "generated",
+        "cached": False,
+        "answer_id": "one",
+        "tokens": {"prompt_tokens": 3, "completion_tokens": 4},
+        "engine_s": 0.5,
+    }
+    first = json.loads(output_line(result(body={}, metadata=metadata)))
+    twin = json.loads(output_line(result(body={}, metadata=metadata), custom_id="b", twin=True))
+    assert first["promptmill"] == {"job_id": str(JOB), **metadata}
+    assert twin["custom_id"] == "b"
+    assert twin["promptmill"]["provenance"] == "coalesced"
+    assert twin["promptmill"]["source_answer_id"] == "one"
 
 
 def test_a_bad_line_gets_an_answer_too():

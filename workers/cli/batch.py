@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from workers.aio_client import AsyncJobClient
-    from workers.batch import BatchProgress
+    from workers.batch_progress import BatchProgress
     from workers.settings import Settings
 
 app = typer.Typer(help="Answer files of requests in OpenAI's batch format.", no_args_is_help=True)
@@ -33,6 +34,14 @@ app = typer.Typer(help="Answer files of requests in OpenAI's batch format.", no_
 Input = Annotated[str, typer.Argument(metavar="IN", help="One request a line; .gz, .zst or - too.")]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="Answers; - too.")]
 BatchId = Annotated[str, typer.Argument(metavar="ID", help="Id of a batch.")]
+Errors = Annotated[
+    str | None,
+    typer.Option("--errors", metavar="FILE", help="Rows that failed go here instead of to OUT."),
+]
+Schema = Annotated[
+    str | None,
+    typer.Option("--schema", metavar="FILE", help="JSON schema that every answer must fit."),
+]
 Reuse = Annotated[
     str | None, typer.Option(help="Stored answers that will do: off, exact, always, semantic.")
 ]
@@ -57,6 +66,8 @@ def run(
         bool, typer.Option("--ordered", help="Keep the order of the input.")
     ] = False,
     window: Annotated[int, typer.Option(min=1, help="Rows under way at most.")] = 4096,
+    errors: Errors = None,
+    schema: Schema = None,
     model: Model = None,
     namespace: Namespace = None,
     reuse: Reuse = None,
@@ -69,8 +80,9 @@ def run(
     """Answer every row of IN, and write the answers to OUT as they come.
 
     A row that is wrong gets a line that says so. OUT appears when it is complete; until then its
-    lines are in OUT.partial. Where no server is configured, the embedded ones are used, and a
-    worker is started unless one runs.
+    lines are in OUT.partial. Each says how its answer came about, and the summary at the end what
+    was saved. Rows that begin alike run next to each other, and equal ones once. Where no server
+    is configured, the embedded ones are used, and a worker is started unless one runs.
 
     For example:
 
@@ -81,6 +93,8 @@ def run(
         cat questions.jsonl | promptmill batch run - -o - --ordered > answers.jsonl
 
         promptmill batch run in.jsonl -o out.jsonl --retry truncated --max-tokens 2000
+
+        promptmill batch run in.jsonl -o out.jsonl --errors wrong.jsonl --schema answer.json
     """
     from workers.batch import BatchOptions, run_batch
     from workers.batch_input import check_input
@@ -94,18 +108,22 @@ def run(
         max_tokens=max_tokens,
         ordered=ordered,
         window=window,
+        errors=errors,
+        schema=_schema(schema),
         job=_job_options(reuse, priority),
     )
     # Before a worker is started for nothing.
     check_input(source)
     check_output(output)
+    if errors is not None:
+        check_output(errors)
     settings = settings_with()
     with _worker(settings, start=not no_worker), _progress(source) as show:
         summary: BatchProgress = _with_client(
             settings, lambda client: run_batch(client, source, output, options, on_progress=show)
         )
     if as_json and output != "-":
-        print_json(_summary(summary))
+        print_json(summary.summary())
     else:
         say(_sentence(summary))
     if summary.failed:
@@ -115,6 +133,7 @@ def run(
 @app.command()
 def submit(
     source: Input,
+    schema: Schema = None,
     model: Model = None,
     namespace: Namespace = None,
     reuse: Reuse = None,
@@ -129,12 +148,17 @@ def submit(
 
         promptmill batch status $ID
 
-        promptmill batch results $ID -o answers.jsonl
+        promptmill batch results $ID -o answers.jsonl --wait
     """
     from workers.batch import BatchOptions
     from workers.batch_jobs import submit_batch
 
-    options = BatchOptions(namespace=namespace, model=model, job=_job_options(reuse, priority))
+    options = BatchOptions(
+        namespace=namespace,
+        model=model,
+        schema=_schema(schema),
+        job=_job_options(reuse, priority),
+    )
     found = _with_client(settings_with(), lambda client: submit_batch(client, source, options))
     if as_json:
         print_json(found)
@@ -185,22 +209,66 @@ def cancel(batch: BatchId, namespace: Namespace = None, as_json: Json = False) -
 
 @app.command()
 def results(
-    batch: BatchId, output: Output = "-", namespace: Namespace = None, as_json: Json = False
+    batch: BatchId,
+    output: Output = "-",
+    errors: Errors = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", "-w", help="Wait until every row is over.")
+    ] = False,
+    namespace: Namespace = None,
+    as_json: Json = False,
 ) -> None:
-    """Write what a batch has answered so far. Exit code 1 says that rows are still missing."""
-    from workers.batch_jobs import collect
+    """Write what a batch has answered so far, in file order.
+
+    While rows are missing, a file is left as OUT.partial, and the exit code is 1.
+
+    For example:
+
+        promptmill batch results 6f9619ff-8b86-4d01-b42d-00cf4fc964ff -o answers.jsonl --wait
+    """
+    from workers.batch_jobs import collect, is_over, wait_until_over
 
     batch_id = job_id(batch)
-    found = _with_client(
-        settings_with(), lambda c: collect(c, batch_id, output, namespace=namespace)
-    )
+
+    async def work(client: AsyncJobClient) -> Any:
+        if wait:
+            await wait_until_over(client, batch_id, namespace=namespace)
+        return await collect(client, batch_id, output, errors=errors, namespace=namespace)
+
+    found = _with_client(settings_with(), work)
     if as_json and output != "-":
         print_json(found)
-    counts = found["request_counts"]
-    if found["finished_at"] is None:
+    if not is_over(found):
+        counts = found["request_counts"]
         over = counts["completed"] + counts["failed"]
-        say(f"the batch is {found['status']}: {over} of {counts['total']} rows are over")
+        so_far = "" if output == "-" else f"; what there is stands in {output}.partial"
+        say(f"the batch is {found['status']}: {over} of {counts['total']} rows are over{so_far}")
         raise typer.Exit(FAILED)
+
+
+def _schema(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    from pathlib import Path
+
+    import orjson
+
+    from schema.errors import InvalidFileError
+    from workers.answer_schema import check_schema
+
+    try:
+        schema: Any = orjson.loads(Path(path).read_bytes())
+    except OSError as exc:
+        msg = f"cannot be read: {exc.strerror or exc}"
+        raise InvalidFileError(msg, path=path) from exc
+    except orjson.JSONDecodeError as exc:
+        msg = f"is not JSON ({exc})"
+        raise InvalidFileError(msg, path=path) from None
+    if not isinstance(schema, dict):
+        msg = "must hold a JSON schema: an object"
+        raise InvalidFileError(msg, path=path)
+    check_schema(schema)
+    return schema
 
 
 def _redo(retry: str | None) -> Literal["failed", "truncated"] | None:
@@ -261,31 +329,19 @@ def _progress(source: str) -> Iterator[Callable[[BatchProgress], None]]:
         yield show
 
 
-def _summary(progress: BatchProgress) -> dict[str, Any]:
-    return {
-        "batch_id": progress.batch_id,
-        "rows": progress.read,
-        "written": progress.written,
-        "kept": progress.kept,
-        "failed": progress.failed,
-        "provenance": dict(progress.provenance),
-        "cached": progress.cached,
-        "prompt_tokens": progress.prompt_tokens,
-        "completion_tokens": progress.completion_tokens,
-        "elapsed_s": round(progress.elapsed_s, 3),
-    }
-
-
 def _sentence(progress: BatchProgress) -> str:
     rate = progress.written / max(progress.elapsed_s, 1e-9)
     parts = [f"{progress.written} rows in {progress.elapsed_s:.1f} s ({rate:.1f} a second)"]
     if progress.kept:
         parts.append(f"{progress.kept} kept from before")
-    answered = sum(progress.provenance.values())
-    if answered:
-        parts.append(f"{progress.cached / answered:.0%} not generated anew")
     if progress.completion_tokens:
         parts.append(f"{progress.completion_tokens} tokens")
+    if progress.cached:
+        saved = progress.saved
+        parts.append(
+            f"{progress.cached_share:.0%} from cache, which saved {saved.completion_tokens} tokens "
+            f"and {saved.engine_s:.1f} s of generation"
+        )
     parts.append(f"{progress.failed} failed")
     return ", ".join(parts)
 
@@ -301,11 +357,11 @@ def _show(found: list[dict[str, Any]], *, as_json: bool, one: bool = False) -> N
             (
                 batch["id"],
                 batch["status"],
-                batch["input_file"],
+                batch["input_file_id"],
                 batch["request_counts"]["total"],
                 batch["request_counts"]["completed"],
                 batch["request_counts"]["failed"],
-                batch["created_at"][:19].replace("T", " "),
+                datetime.fromtimestamp(batch["created_at"], UTC).strftime("%Y-%m-%d %H:%M:%S"),
             )
             for batch in found
         ),

@@ -11,7 +11,7 @@ from workers.cli.shared import for_people
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from workers.batch import BatchProgress
+    from workers.batch_progress import BatchProgress
 
 _CHUNK = 1 << 22
 _COUNT_UP_TO_BYTES = 1 << 31
@@ -75,8 +75,8 @@ def batch_progress(source: str) -> Iterator[Callable[[BatchProgress], None]]:
             words = [f"{progress.written / seconds:.1f} rows/s"]
             if progress.completion_tokens:
                 words.append(f"{progress.completion_tokens / seconds:.0f} tokens/s")
-            if answered := sum(progress.provenance.values()):
-                words.append(f"{progress.cached / answered:.0%} from cache")
+            if progress.answered:
+                words.append(f"{progress.cached_share:.0%} from cache")
             if progress.failed:
                 words.append(f"[red]{progress.failed} failed[/red]")
             # A total of None leaves the one that is known as it is.

@@ -9,12 +9,14 @@ from sqlalchemy import text
 
 from workers.store import stored_json
 from workers.store.claims import CANCELLED
-from workers.store.deliveries import delivery
+from workers.store.deliveries import delivery, result
 from workers.store.part import StorePart
 from workers.store.records import Batch, Cancellation
 
 if TYPE_CHECKING:
     from sqlalchemy import RowMapping
+
+    from schema.jobs import JobResult
 
 _CREATE = text(
     """
@@ -43,6 +45,19 @@ _LIST = text(
       AND (CAST(:before AS uuid) IS NULL OR (created_at, id) < (
                SELECT created_at, id FROM batches WHERE id = :before AND namespace = :namespace))
     ORDER BY created_at DESC, id DESC
+    LIMIT :limit
+    """
+)
+
+# By the index on (batch_id, row): a page costs the same wherever it stands in the batch.
+_RESULTS = text(
+    """
+    SELECT id, namespace, channel, options, state, token, custom_id, batch_id, finished_at,
+           error, result, row
+    FROM jobs
+    WHERE namespace = :namespace AND batch_id = :batch_id AND row > :after
+      AND state NOT IN ('queued', 'running')
+    ORDER BY row
     LIMIT :limit
     """
 )
@@ -164,6 +179,28 @@ class Batches(StorePart):
         async with self._database.connection() as connection:
             rows = (await connection.execute(_LIST, values)).mappings().all()
         return [_batch(row) for row in rows]
+
+    async def batch_results(
+        self, namespace: str, batch_id: UUID, *, after: int = -1, limit: int = 500
+    ) -> list[tuple[int, JobResult]]:
+        """Return outcomes of a batch's jobs in the order of its rows.
+
+        Args:
+            namespace: Tenant.
+            batch_id: The batch.
+            after: The last row of the page before.
+            limit: How many at most.
+
+        Returns:
+            Pairs of row and result; jobs that are not over are passed over.
+
+        Raises:
+            DatabaseUnavailableError: Postgres cannot be used now.
+        """
+        values = {"namespace": namespace, "batch_id": batch_id, "after": after, "limit": limit}
+        async with self._database.connection() as connection:
+            rows = (await connection.execute(_RESULTS, values)).mappings().all()
+        return [(row["row"], result(row)) for row in rows]
 
     async def update_batch(
         self,
