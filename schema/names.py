@@ -35,6 +35,8 @@ INVALIDATIONS = "promptmill:invalidate"
 CANCELLATIONS = "promptmill:cancel"
 #: Key that holds the epoch of this Redis' data; gone when the data was lost.
 EPOCH = "promptmill:epoch"
+#: Sorted set of the channels that results were published on, by the time of the last one.
+CHANNELS = "promptmill:channels"
 
 _JOB_IDS = UUID("b0a8a4f2-7c64-5a7e-9a39-6d1c4b1f0d11")
 
@@ -57,6 +59,11 @@ def priority_list(queue_name: str, priority: int) -> str:
 def results_stream(namespace: str, channel: str) -> str:
     """Redis Stream on which the results of one channel are published."""
     return f"results:{namespace}:{channel}"
+
+
+def channel_member(namespace: str, channel: str) -> str:
+    """Return how a channel is named in the set of channels."""
+    return f"{namespace}:{channel}"
 
 
 def tokens_stream(namespace: str, job_id: UUID) -> str:

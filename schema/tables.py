@@ -326,6 +326,34 @@ class ReuseDecisionRow(Base):
     )
 
 
+class BrokerRow(Base):
+    """The one row that says which epoch of Redis' data the other tables speak of."""
+
+    __tablename__ = "broker"
+
+    id: Mapped[int] = mapped_column(
+        SmallInteger, primary_key=True, autoincrement=False, server_default="1"
+    )
+    epoch: Mapped[str] = mapped_column(comment="as Redis bears it")
+    since: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    __table_args__ = (CheckConstraint("id = 1", name="one"),)
+
+
+class ResultGroupRow(Base):
+    """A consumer group of a result channel, and how far it is known to have read."""
+
+    __tablename__ = "result_groups"
+
+    namespace: Mapped[str] = mapped_column(primary_key=True)
+    channel: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    acknowledged_to: Mapped[datetime | None] = mapped_column(
+        comment="what was published until then was acknowledged"
+    )
+
+
 class FlightMarkerRow(Base):
     """A mark that a worker is generating the answer to a request, for others to wait for."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any, Self, Unpack
 from uuid import UUID
 
 import orjson
 
 from schema import names
-from schema.errors import InvalidRequestError
+from schema.errors import ConfigurationError, InvalidRequestError, ServiceError
 from schema.jobs import JobSpec, JobState
 from schema.refusal import did_you_mean
 from workers.cursors import START
@@ -296,9 +297,10 @@ class AsyncJobClient:
             with broker_errors("announcing a cancellation"):
                 await connection.redis.publish(names.CANCELLATIONS, notice)
         if ended:
-            await connection.channel.publish([(over.channel, over.result) for over in ended])
+            found = [(over.channel, over.result) for over in ended]
+            epoch = await connection.channel.publish(found)
             tokens = {over.result.job_id: over.result.token for over in ended}
-            await connection.store("cancelling").mark_published(tokens)
+            await connection.store("cancelling").mark_published(tokens, epoch=epoch)
 
     async def retry(
         self,
@@ -391,6 +393,9 @@ class AsyncJobClient:
             namespace: Tenant; the settings' own unless told.
             cursor: Where a new group begins; unless told with the oldest result kept.
 
+        The group is registered in Postgres, if this client has it, and otherwise by the workers
+        within seconds: from then on it gets what it has not acknowledged even if Redis loses it.
+
         Returns:
             An endless async iterator of deliveries, with `ack`; repeats are dropped.
 
@@ -399,7 +404,21 @@ class AsyncJobClient:
         """
         connection = await self.connection()
         tenant = namespace or self.settings.namespace
-        return connection.channel.consume(tenant, channel, group, consumer, cursor=cursor)
+        ledger = connection.ledger
+
+        async def register() -> None:
+            if ledger is not None:
+                from workers.store.records import ResultGroup
+
+                # Nothing depends on it: workers register what they see.
+                with contextlib.suppress(ServiceError, ConfigurationError):
+                    await ledger.register_group(
+                        ResultGroup(namespace=tenant, channel=channel, name=group)
+                    )
+
+        return connection.channel.consume(
+            tenant, channel, group, consumer, cursor=cursor, on_join=register
+        )
 
     async def stream(
         self, job: JobName, cursor: str = START, *, namespace: str | None = None

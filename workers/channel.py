@@ -6,6 +6,7 @@ A channel is one stream of one namespace. Delivery is at least once: a repeat ca
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from workers.streams import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from uuid import UUID
 
     from redis.asyncio import Redis
@@ -59,7 +60,7 @@ class ResultChannel:
         *,
         maxlen: int | None = None,
         ttl_s: float | None = None,
-    ) -> None:
+    ) -> str | None:
         """Append results to their channels and wake those who wait for the jobs, in one trip.
 
         Args:
@@ -67,18 +68,21 @@ class ResultChannel:
             maxlen: Entries that a channel keeps, approximately; the oldest go. None keeps all.
             ttl_s: Seconds after its last result at which a whole channel is dropped. None: never.
 
+        Returns:
+            The epoch that Redis bore when it had taken them; None when it bore none.
+
         Raises:
             BrokerUnavailableError: Redis failed; some of the results may have been published, and
                 publishing all of them again is harmless.
         """
         if not results:
-            return
+            return None
         with broker_errors("publishing results"):
             async with self._redis.pipeline(transaction=False) as pipe:
-                streams = set()
+                streams = {}
                 for channel, result in results:
                     stream = names.results_stream(result.namespace, channel)
-                    streams.add(stream)
+                    streams[stream] = names.channel_member(result.namespace, channel)
                     entry: Any = {
                         "job_id": str(result.job_id),
                         "token": result.token,
@@ -92,7 +96,11 @@ class ResultChannel:
                 for _, result in results:
                     signal = names.done_signal(result.namespace, result.job_id)
                     pipe.publish(signal, result.status.value)
-                await pipe.execute()
+                # Recovery looks there for consumer groups.
+                pipe.zadd(names.CHANNELS, dict.fromkeys(streams.values(), time.time()))
+                pipe.get(names.EPOCH)
+                epoch: bytes | None = (await pipe.execute())[-1]
+        return None if epoch is None else epoch.decode()
 
     async def end(self, namespace: str, channel: str) -> str:
         """Return the cursor behind the newest entry, to read what comes from now on."""
@@ -172,6 +180,7 @@ class ResultChannel:
         count: int = 256,
         stale_s: float = 60.0,
         block_s: float = 1.0,
+        on_join: Callable[[], Awaitable[None]] | None = None,
     ) -> ChannelConsumer:
         """Return a member of a consumer group; see `ChannelConsumer`.
 
@@ -185,6 +194,7 @@ class ResultChannel:
             stale_s: Seconds without acknowledgement after which another member's entry is taken
                 over.
             block_s: Seconds of one wait for new entries.
+            on_join: Called whenever the group was made or joined.
         """
         return ChannelConsumer(
             redis=self._redis,
@@ -195,6 +205,7 @@ class ResultChannel:
             count=count,
             stale_s=stale_s,
             block_s=block_s,
+            on_join=on_join,
         )
 
     async def append_tokens(

@@ -20,7 +20,7 @@ from workers.streams import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from uuid import UUID
 
     from redis.asyncio import Redis
@@ -46,6 +46,8 @@ class ChannelConsumer:
     count: int
     stale_s: float
     block_s: float
+    #: Called when the group was made or joined, to register it in Postgres.
+    on_join: Callable[[], Awaitable[None]] | None = None
     _seen: OrderedDict[tuple[UUID, int], str] = field(default_factory=OrderedDict, repr=False)
 
     async def __aiter__(self) -> AsyncIterator[Delivery]:
@@ -87,6 +89,8 @@ class ChannelConsumer:
     async def _create_group(self) -> None:
         with broker_errors("joining a consumer group"), reply("BUSYGROUP"):
             await self.redis.xgroup_create(self.stream, self.group, id=self.cursor, mkstream=True)
+        if self.on_join is not None:
+            await self.on_join()
 
     async def _read_group(self, cursor: str) -> list[Entry]:
         replies: Any = None

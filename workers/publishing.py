@@ -7,11 +7,9 @@ import contextlib
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 import structlog
 
-from schema.errors import BrokerUnavailableError, DatabaseUnavailableError
 from workers.store.records import Delivery
 
 if TYPE_CHECKING:
@@ -50,7 +48,6 @@ class Publisher:
         self._maxlen = maxlen
         self._max_group = max_group
         self._waiting: deque[tuple[Delivery, asyncio.Future[None]]] = deque()
-        self._unmarked: dict[UUID, int] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -74,6 +71,31 @@ class Publisher:
         self._wake.set()
         await asyncio.gather(*futures)
 
+    async def send(self, deliveries: Sequence[Delivery]) -> str | None:
+        """Publish committed outcomes in one trip, and leave it to the caller to note that.
+
+        Args:
+            deliveries: Committed already.
+
+        Returns:
+            The epoch that Redis bore when it had taken them.
+
+        Raises:
+            BrokerUnavailableError: Redis cannot be used now.
+        """
+        epoch = await self._channel.publish(
+            [(delivery.channel, delivery.result) for delivery in deliveries],
+            maxlen=self._maxlen,
+            ttl_s=self._ttl_s,
+        )
+        for delivery in deliveries:
+            if delivery.stream:
+                result = delivery.result
+                await self._channel.append_tokens(
+                    result.namespace, result.job_id, (), finished=True
+                )
+        return epoch
+
     async def aclose(self) -> None:
         """Publish and note what waits, and stop; idempotent."""
         self._closed = True
@@ -87,44 +109,35 @@ class Publisher:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._waiting or self._unmarked:
+            while self._waiting:
                 size = min(len(self._waiting), self._max_group)
                 group = [self._waiting.popleft() for _ in range(size)]
-                await self._send(group)
-                await self._mark()
+                try:
+                    epoch = await self.send([delivery for delivery, _ in group])
+                except Exception as exc:  # noqa: BLE001  raised where each of them is waited for
+                    _log.warning("results not published yet", results=size, reason=str(exc))
+                    self._tell(group, exc)
+                    continue
+                self._tell(group, None)
+                await self._mark([delivery for delivery, _ in group], epoch)
             if self._closed:
                 return
 
-    async def _send(self, group: list[tuple[Delivery, asyncio.Future[None]]]) -> None:
-        if not group:
-            return
-        try:
-            await self._channel.publish(
-                [(delivery.channel, delivery.result) for delivery, _ in group],
-                maxlen=self._maxlen,
-                ttl_s=self._ttl_s,
-            )
-            for delivery, _ in group:
-                if delivery.stream:
-                    result = delivery.result
-                    await self._channel.append_tokens(
-                        result.namespace, result.job_id, (), finished=True
-                    )
-        except BrokerUnavailableError as exc:
-            _log.warning("results not published yet", results=len(group), reason=str(exc))
-            for _, future in group:
-                if not future.done():
-                    future.set_exception(exc)
-            return
-        for delivery, future in group:
-            self._unmarked[delivery.result.job_id] = delivery.result.token
-            if not future.done():
+    def _tell(
+        self, group: Sequence[tuple[Delivery, asyncio.Future[None]]], exc: Exception | None
+    ) -> None:
+        for _, future in group:
+            if future.done():
+                continue  # whoever waited was cancelled
+            if exc is None:
                 future.set_result(None)
+            else:
+                future.set_exception(exc)
 
-    async def _mark(self) -> None:
-        if not self._unmarked:
-            return
-        marked, self._unmarked = self._unmarked, {}
-        # Unmarked, it is published once more, with the same token: consumers drop the repeat.
-        with contextlib.suppress(DatabaseUnavailableError):
-            await self._jobs.mark_published(marked)
+    async def _mark(self, deliveries: Sequence[Delivery], epoch: str | None) -> None:
+        published = {delivery.result.job_id: delivery.result.token for delivery in deliveries}
+        try:
+            await self._jobs.mark_published(published, epoch=epoch)
+        except Exception as exc:  # noqa: BLE001  the publisher must outlive it
+            # They are published once more, with the same token: consumers drop the repeat.
+            _log.warning("publication not noted", results=len(published), reason=str(exc))

@@ -8,6 +8,9 @@ Every worker runs one; an advisory lock lets one at a time do a pass. A pass
 4. sends again what had a message that is lost, and
 5. publishes what was committed and not published.
 
+Before that it looks whether Redis has lost its data (`workers.data_loss`), and after it notes how
+far the consumer groups have read.
+
 Each step does a bounded part; while there is more, the next pass follows at once. All of it may
 happen twice without harm: a second message finds its jobs claimed, and a second publication
 carries the same job id and token.
@@ -19,6 +22,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -31,11 +35,14 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from datetime import datetime
 
+    from workers.data_loss import DataLoss
     from workers.store.database import Database
     from workers.store.jobs import JobStore
     from workers.store.records import Delivery, JobAddress
 
 _log = structlog.get_logger(__name__)
+#: Seconds that it may take to find what a Redis that lost its data had been given.
+_LOSS_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +54,7 @@ class Recovered:
     sent: int = 0  # jobs sent that had no message
     sent_again: int = 0  # jobs sent whose message was lost
     published: int = 0  # outcomes published that were committed only
+    lost: int = 0  # outcomes among them, or to come, that Redis had and lost
     more: bool = False  # whether a step stopped at its bound
 
     @property
@@ -62,11 +70,13 @@ class Recovery:
         database: For the lock that lets one worker at a time do it.
         jobs: The job store, on the same database.
         send: Writes queue messages for jobs. Recovery notes them as sent afterwards.
-        publish: Puts outcomes on their channels. Recovery notes them as published afterwards.
+        publish: Puts outcomes on their channels, and returns the epoch that Redis bore then.
+            Recovery notes them as published afterwards.
         oldest_live_message_at: Returns the moment, by Postgres' clock, before which every message
             written has left the queue for good: neither waiting nor held by a worker. None when
             it cannot be told, and then no message is taken for lost. A job in a long backlog is
             thus not sent again and again.
+        data_loss: Notices that Redis lost its data.
         every_s: Seconds between passes.
         new_row_grace_s: Seconds that the producer of a new row has to send its message.
         publish_grace_s: Seconds that a worker has to publish what it committed.
@@ -82,8 +92,9 @@ class Recovery:
         database: Database,
         jobs: JobStore,
         send: Callable[[Sequence[JobAddress]], Awaitable[None]],
-        publish: Callable[[Sequence[Delivery]], Awaitable[None]],
+        publish: Callable[[Sequence[Delivery]], Awaitable[str | None]],
         oldest_live_message_at: Callable[[], Awaitable[datetime | None]],
+        data_loss: DataLoss,
         every_s: float = 2.0,
         new_row_grace_s: float = 5.0,
         publish_grace_s: float = 5.0,
@@ -96,6 +107,7 @@ class Recovery:
         self._send = send
         self._publish = publish
         self._oldest_live_message_at = oldest_live_message_at
+        self._data_loss = data_loss
         self._every_s = every_s
         self._new_row_grace_s = new_row_grace_s
         self._publish_grace_s = publish_grace_s
@@ -133,10 +145,10 @@ class Recovery:
             TimeoutError: The pass took too long.
         """
         async with (
-            asyncio.timeout(self._pass_timeout_s),
+            asyncio.timeout(self._pass_timeout_s) as limit,
             only_one(self._database, RECOVERY) as mine,
         ):
-            return await self._pass() if mine else None
+            return await self._pass(limit) if mine else None
 
     async def _run(self) -> None:
         while True:
@@ -166,10 +178,11 @@ class Recovery:
                     await asyncio.wait_for(self._wake.wait(), self._every_s)
                 self._wake.clear()
 
-    async def _pass(self) -> Recovered:
+    async def _pass(self, limit: asyncio.Timeout) -> Recovered:
         done: dict[str, int] = {}
         failed: list[Exception] = []
         for name, step in (
+            ("lost", partial(self._heed_loss, limit)),
             ("requeued", self._requeue),
             ("ended", self._end),
             ("sent", self._send_unsent),
@@ -183,7 +196,16 @@ class Recovery:
                 failed.append(exc)
         if failed:
             raise failed[0]
+        await self._data_loss.note_positions()
         return Recovered(**done, more=any(count >= self._batch for count in done.values()))
+
+    async def _heed_loss(self, limit: asyncio.Timeout) -> int:
+        loop = asyncio.get_running_loop()
+        # A backlog of millions takes its time to be written.
+        limit.reschedule(loop.time() + _LOSS_TIMEOUT_S)
+        lost = await self._data_loss.heed()
+        limit.reschedule(loop.time() + self._pass_timeout_s)
+        return lost
 
     async def _requeue(self) -> int:
         return len(await self._jobs.expired_leases(limit=self._batch))
@@ -222,7 +244,8 @@ class Recovery:
 
     async def _deliver(self, deliveries: Sequence[Delivery]) -> None:
         if deliveries:
-            await self._publish(deliveries)
+            epoch = await self._publish(deliveries)
             await self._jobs.mark_published(
-                {delivery.result.job_id: delivery.result.token for delivery in deliveries}
+                {delivery.result.job_id: delivery.result.token for delivery in deliveries},
+                epoch=epoch,
             )

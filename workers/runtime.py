@@ -179,6 +179,7 @@ async def _helpers(
 ) -> None:
     """Start recovery and the dispatcher, which every worker runs and one at a time does."""
     from workers.connection import Connection
+    from workers.data_loss import DataLoss
     from workers.dispatch import Dispatcher
     from workers.recovery import Recovery
     from workers.signals import DoneSignals
@@ -196,8 +197,9 @@ async def _helpers(
         database=database,
         jobs=jobs,
         send=sender.send_again,
-        publish=publisher.publish,
+        publish=publisher.send,
         oldest_live_message_at=lambda: oldest_live_message_at(redis),
+        data_loss=DataLoss(redis, jobs, keep_s=settings.result_ttl_s),
     )
     recovery.start()
     stack.push_async_callback(recovery.aclose)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import cast
 
 import pytest
 
 from schema.errors import BrokerUnavailableError
 from schema.jobs import JobState
 from tests.integration.builders import admit, change, claimed, let_leases_end, outcome, spec
+from workers.data_loss import DataLoss
 from workers.recovery import Recovery
 from workers.store.database import Database
 from workers.store.jobs import JobStore
@@ -21,29 +23,39 @@ from workers.store.records import Delivery, JobAddress
 class _Elsewhere:
     """Queue and channels, as recovery sees them."""
 
-    def __init__(self) -> None:
+    def __init__(self, jobs: JobStore) -> None:
+        self.jobs = jobs
         self.sent: list[JobAddress] = []
         self.published: list[Delivery] = []
         self.low_water: datetime | None = None
         self.away = False
+        self.epoch = "first"
+
+    async def heed(self) -> int:
+        self.epoch = await self.jobs.epoch(self.epoch)
+        return 0
+
+    async def note_positions(self) -> None:
+        """Nobody reads."""
 
     async def send(self, jobs: Sequence[JobAddress]) -> None:
         if self.away:
             raise BrokerUnavailableError("away")
         self.sent += jobs
 
-    async def publish(self, deliveries: Sequence[Delivery]) -> None:
+    async def publish(self, deliveries: Sequence[Delivery]) -> str:
         if self.away:
             raise BrokerUnavailableError("away")
         self.published += deliveries
+        return self.epoch
 
     async def oldest(self) -> datetime | None:
         return self.low_water
 
 
 @pytest.fixture
-def elsewhere() -> _Elsewhere:
-    return _Elsewhere()
+def elsewhere(job_store: JobStore) -> _Elsewhere:
+    return _Elsewhere(job_store)
 
 
 @pytest.fixture
@@ -54,6 +66,7 @@ def recovery(database: Database, job_store: JobStore, elsewhere: _Elsewhere) -> 
         send=elsewhere.send,
         publish=elsewhere.publish,
         oldest_live_message_at=elsewhere.oldest,
+        data_loss=cast("DataLoss", elsewhere),
         every_s=0.02,
         new_row_grace_s=0,
         publish_grace_s=0,

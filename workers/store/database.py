@@ -106,6 +106,9 @@ def errors_become_ours(url: URL) -> Iterator[None]:
                 "run `promptmill db upgrade`"
             )
             raise ConfigurationError(msg) from error
+        if isinstance(cause, pg.InsufficientPrivilege):
+            msg = f"the role may not do this at {place(url)} ({cause.diag.message_primary})"
+            raise ConfigurationError(msg) from error
         if isinstance(error, exc.DataError):
             msg = f"Postgres cannot hold a value ({type(cause).__name__})"
             raise InvalidRequestError(msg) from error

@@ -57,13 +57,17 @@ _ENDED_BEFORE = text(
     """
 )
 
+# The epoch is locked: who enters a new one waits for this, and this for him. So nothing that went
+# to a Redis that has lost it is marked behind his back.
 _MARK_PUBLISHED = text(
     """
-    WITH mine AS (
+    WITH same AS MATERIALIZED (SELECT FROM broker WHERE epoch = :epoch FOR SHARE),
+    mine AS (
         SELECT jobs.id
         FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS run (id, token)
              JOIN jobs ON jobs.id = run.id AND jobs.token = run.token
         WHERE finished_at IS NOT NULL AND coalesce(published_at, 'infinity') = 'infinity'
+          AND EXISTS (SELECT FROM same)
         ORDER BY jobs.id
         FOR NO KEY UPDATE OF jobs
     )
@@ -117,17 +121,19 @@ class Outcomes(StorePart):
                 accepted |= frozenset((await connection.scalars(_ENDED_BEFORE, rest)).all())
         return Finished(accepted=accepted, refused=frozenset(first) - accepted)
 
-    async def mark_published(self, published: Held) -> None:
+    async def mark_published(self, published: Held, *, epoch: str | None) -> None:
         """Note that outcomes are on their channels; a second time changes nothing.
 
         Args:
             published: Fencing token by job, as published.
+            epoch: What Redis bore when it took them; nothing is noted when Postgres is in another,
+                for Redis may have lost them meanwhile.
 
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.
         """
         async with self._database.connection() as connection:
-            await connection.execute(_MARK_PUBLISHED, pairs(published))
+            await connection.execute(_MARK_PUBLISHED, {**pairs(published), "epoch": epoch})
 
     async def unpublished(self, *, older_than_s: float, limit: int) -> list[Delivery]:
         """Return outcomes that were committed and not marked as published, oldest first.

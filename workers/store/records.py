@@ -149,6 +149,24 @@ class Cancellation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ResultGroup:
+    """A consumer group on a result channel."""
+
+    namespace: str
+    channel: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupPosition:
+    """How far a consumer group has acknowledged its channel."""
+
+    group: ResultGroup
+    unread_job: UUID | None = None  # of the oldest entry not acknowledged; None: all are
+    unread_token: int | None = None  # fencing token in that entry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """A file's worth of jobs."""
 

@@ -65,7 +65,7 @@ class Faults:
         self._server_fault_at = float("-inf")
         self._thawing: set[asyncio.Task[None]] = set()
         self.done: Counter[str] = Counter()
-        self.data_lost_at: list[float] = []  # Unix time
+        self.data_losses = 0
         self.poisoned = 0
         self.poisoned_since_loss = 0  # those whose place on the dead list was not lost
         servers: list[tuple[str, Callable[[], Awaitable[bool]]]] = [
@@ -168,7 +168,7 @@ class Faults:
             await self._redis.flushall()
         except RedisError:
             return False
-        self.data_lost_at.append(time.time())
+        self.data_losses += 1
         self.poisoned_since_loss = 0
         return await self._end("valkey", signal.SIGKILL)
 

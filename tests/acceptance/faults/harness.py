@@ -12,7 +12,7 @@ from schema import names
 from schema.errors import ServiceError
 from tests.acceptance.faults.faults import Faults
 from tests.acceptance.faults.scripted_worker import CRASH_FOLDER, MODEL
-from tests.acceptance.faults.traffic import AWAY_S, GROUPS, Consumers, Producer
+from tests.acceptance.faults.traffic import AWAY_S, Consumers, Producer
 from tests.acceptance.faults.verdict import Verdict, judge, open_jobs, stored_rows
 from tests.acceptance.faults.workers_of_a_run import ScriptedWorkers
 from workers import endpoints
@@ -60,13 +60,6 @@ class Report:
             ("items on the dead list", self.dead_letters),
             ("times Redis lost its data", self.data_losses),
             ("workers that ended by an error", self.errors),
-        ]
-        rows += [
-            (
-                f"published, lost with Redis, never read by {group}",
-                self.verdict.lost_with_redis[group],
-            )
-            for group in GROUPS
         ]
         rows += [("promises broken", len(self.verdict.wrong))]
         width = max(len(name) for name, _ in rows)
@@ -137,7 +130,7 @@ async def run(
         await redis.aclose()
         await database.aclose()
         await asyncio.to_thread(found.stack.close, wait_s=30)
-    verdict = judge(producer, consumers, rows, data_lost_at=faults.data_lost_at)
+    verdict = judge(producer, consumers, rows)
     if dead < faults.poisoned_since_loss:
         verdict.wrong.append(f"{faults.poisoned_since_loss - dead} poisoned messages were not kept")
     if not settled:
@@ -149,7 +142,7 @@ async def run(
         verdict=verdict,
         dead_letters=dead,
         poisoned=faults.poisoned,
-        data_losses=len(faults.data_lost_at),
+        data_losses=faults.data_losses,
         endings=dict(workers.endings),
         settled=settled,
         log=log,

@@ -136,10 +136,10 @@ def _set_crash_points() -> None:
             _die_at(BEFORE_PUBLISH)
         await publish(self, deliveries)
 
-    async def dying_mark(self: Any, published: Any) -> None:
+    async def dying_mark(self: Any, published: Any, **options: Any) -> None:
         if published:
             _die_at(BEFORE_MARK)
-        await mark(self, published)
+        await mark(self, published, **options)
 
     async def dying_run(self: Any, message: Any, **how: Any) -> None:
         await run(self, message, **how)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
@@ -39,7 +38,6 @@ class Verdict:
     """What was found."""
 
     wrong: list[str] = field(default_factory=list)  # each breaks a promise
-    lost_with_redis: Counter[str] = field(default_factory=Counter)  # group: results
     set_aside: int = 0  # jobs ended by the rule on deaths: more workers died than a job may see
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -64,29 +62,17 @@ async def stored_rows(database: Database) -> dict[UUID, Stored]:
     }
 
 
-def judge(
-    producer: Producer,
-    consumers: Consumers,
-    rows: dict[UUID, Stored],
-    *,
-    data_lost_at: list[float],
-) -> Verdict:
+def judge(producer: Producer, consumers: Consumers, rows: dict[UUID, Stored]) -> Verdict:
     """Compare what was accepted, what is stored, and what was delivered."""
     verdict = Verdict()
     _judge_outcomes(verdict, producer, rows)
     _judge_deliveries(verdict, consumers, rows)
-    last_loss = max(data_lost_at, default=0.0)
     for group, delivered in consumers.by_group.items():
-        for job_id in producer.prompts:
-            row = rows.get(job_id)
-            if row is None or job_id in delivered:
-                continue
-            at = row.published_at
-            # On its channel before Redis lost its data, and not read by then.
-            if at is not None and at.timestamp() <= last_loss:
-                verdict.lost_with_redis[group] += 1
-            else:
-                verdict.wrong.append(f"{job_id} was never delivered to {group}")
+        verdict.wrong += [
+            f"{job_id} was never delivered to {group}"
+            for job_id in producer.prompts
+            if job_id in rows and job_id not in delivered
+        ]
     verdict.counts = {
         "jobs accepted": len(producer.prompts),
         "submissions repeated": producer.repeated,
