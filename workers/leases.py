@@ -127,6 +127,15 @@ class LeaseKeeper:
             if holding is not None and holding.job.namespace == namespace:
                 holding.stop(Stopped.CANCELLED)
 
+    def stop_all(self, why: Stopped) -> None:
+        """Stop every run.
+
+        Args:
+            why: Told to whoever runs it.
+        """
+        for holding in tuple(self._held.values()):
+            holding.stop(why)
+
     async def _beat(self) -> None:
         while True:
             heed_cancellation()

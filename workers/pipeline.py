@@ -41,7 +41,7 @@ from workers.hits import HitCounter
 from workers.leases import Holding, LeaseKeeper, Stopped
 from workers.publishing import Publisher
 from workers.slots import Slots
-from workers.store.records import ClaimedJob, Delivery, Outcome
+from workers.store.records import Claim, ClaimedJob, Delivery, Outcome
 
 if TYPE_CHECKING:
     from schema.jobs import JobSpec
@@ -174,20 +174,31 @@ class Pipeline:
         while self.running and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110  bounded
             await asyncio.sleep(_IDLE_LOOK_S)
 
+    async def give_up(self) -> None:
+        """Give back all that is in flight, as suspects: the engine answers no more."""
+        self.engine_died.set()
+        try:
+            await self._jobs.suspect(self._leases.held)
+        except DatabaseUnavailableError as exc:
+            _log.warning("jobs not given back; their leases end", reason=str(exc))
+        self._leases.stop_all(Stopped.LOST)
+
     async def _run_all(self, ids: list[UUID], priority: int) -> None:
         running: set[asyncio.Task[None]] = set()
+        suspects: list[UUID] = []
         self._unclaimed += len(ids)
         try:
             while ids:
                 taken = await self._slots.take(len(ids), priority=priority)
                 group, ids = ids[:taken], ids[taken:]
                 self._no_longer_waiting(taken)
-                for job in await self._claim(group, taken):
-                    task = asyncio.create_task(self._run(job), name=f"promptmill-job-{job.id}")
-                    running.add(task)
-                    task.add_done_callback(running.discard)
+                claim = await self._claim(group, taken)
+                for job in claim.jobs:
+                    self._start(job, running)
+                suspects += await self._left_alone(group, claim)
             while running:
                 await asyncio.wait(running)
+            await self._run_suspects(suspects, running)
         except BaseException:
             self._no_longer_waiting(len(ids))
             for task in running:
@@ -200,6 +211,40 @@ class Pipeline:
         self._unclaimed -= jobs
         if self.hungry and not was_hungry:
             self.on_hungry()
+
+    def _start(
+        self, job: ClaimedJob, running: set[asyncio.Task[None]], *, slots: int = 1
+    ) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._run(job, slots), name=f"promptmill-job-{job.id}")
+        running.add(task)
+        task.add_done_callback(running.discard)
+        return task
+
+    async def _run_suspects(self, ids: Sequence[UUID], running: set[asyncio.Task[None]]) -> None:
+        """Run jobs that were in flight when an engine died, each with nothing beside it.
+
+        So the guilty one is found: only what dies with the engine again and again is set aside.
+        None is claimed before its turn, or another's death would be counted against it.
+        """
+        if not ids:
+            return
+        async with self._one_suspect:
+            await self._slots.take_all()
+            try:
+                for job_id in ids:
+                    claim = await self._patient_claim([job_id], suspects=True)
+                    await self._publish(claim.ended)
+                    for job in claim.jobs:
+                        await asyncio.wait([self._start(job, running, slots=0)])
+            finally:
+                self._slots.give(self._slots.total)
+
+    async def _left_alone(self, ids: Sequence[UUID], claim: Claim) -> list[UUID]:
+        """Return the suspects among jobs of which some could not be claimed."""
+        left = {*ids} - {job.id for job in claim.jobs} - {end.result.job_id for end in claim.ended}
+        if not left:
+            return []
+        return await self._patiently("look for suspects", lambda: self._jobs.suspects_among(left))
 
     async def _admit(self, message: JobMessage) -> list[UUID]:
         """Write rows for jobs that came in full, so that they are treated like all others."""
@@ -266,56 +311,41 @@ class Pipeline:
         )
         await self._publish([Delivery(channel=channel, result=result)])
 
-    async def _claim(self, ids: list[UUID], taken: int) -> Sequence[ClaimedJob]:
+    async def _claim(self, ids: Sequence[UUID], taken: int) -> Claim:
         """Claim what can be claimed; slots that are not needed are given back."""
         try:
-            claim = await self._patiently(
-                "claim jobs",
-                lambda: self._jobs.claim(ids, owner=self._rules.owner, lease_s=self._rules.lease_s),
-            )
+            claim = await self._patient_claim(ids, suspects=False)
         except BaseException:
             self._slots.give(taken)
             raise
         self._slots.give(taken - len(claim.jobs))
         await self._publish(claim.ended)
-        return claim.jobs
+        return claim
 
-    async def _run(self, job: ClaimedJob) -> None:
-        """Run one claimed job to its outcome; its slot is given back whatever happens."""
+    async def _patient_claim(self, ids: Sequence[UUID], *, suspects: bool) -> Claim:
+        if self.engine_died.is_set():
+            # What is claimed now would only be blamed. The process ends in a moment, and the
+            # message goes back.
+            await asyncio.get_running_loop().create_future()
+        return await self._patiently(
+            "claim jobs",
+            lambda: self._jobs.claim(
+                ids, owner=self._rules.owner, lease_s=self._rules.lease_s, suspects=suspects
+            ),
+        )
+
+    async def _run(self, job: ClaimedJob, slots: int) -> None:
+        """Run one claimed job to its outcome; its slots are free again once it has an answer."""
         with self._leases.hold(job) as holding:
-            if job.crashes:
-                outcome = await self._suspect(job, holding)
-            else:
-                try:
-                    outcome = await self._outcome(job, holding)
-                finally:
-                    self._slots.give()
+            try:
+                outcome = await self._outcome(job, holding)
+            finally:
+                self._slots.give(slots)
             if outcome is not None and await self._commit(outcome):
                 asks_for_deltas = bool(job.options.get("stream"))
                 await self._publish(
                     [Delivery(channel=job.channel, result=outcome.result, stream=asks_for_deltas)]
                 )
-
-    async def _suspect(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
-        """Run a job that was in flight when an engine died, with nothing beside it.
-
-        So the guilty one is found: only what dies with the engine again and again is set aside.
-        """
-        self._slots.give()
-        if self._one_suspect.locked():
-            # Not held while it waits: another death would be counted against it.
-            await self._release(job)
-            return None
-        try:
-            async with self._one_suspect:
-                await self._slots.take_all()
-                try:
-                    return await self._outcome(job, holding)
-                finally:
-                    self._slots.give(self._slots.total)
-        except asyncio.CancelledError:
-            # Cancelled while it waited for the others to end.
-            return await self._stopped(job, holding)
 
     async def _outcome(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
         """Return what is to be committed, or None when the job was given back or is lost."""

@@ -55,6 +55,8 @@ _CLAIM = text(
                     ELSE 'running' END AS next
         FROM jobs
         WHERE id = ANY(CAST(:ids AS uuid[]))
+          AND (:suspects OR state = 'queued' AND crashes = 0
+               OR cancel_requested OR deadline_at <= now())
           AND (state = 'queued' AND (available_at <= now() OR cancel_requested
                                      OR deadline_at <= now())
                OR state = 'running' AND lease_until < now())
@@ -79,6 +81,16 @@ _CLAIM = text(
     RETURNING model, priority, request, attempts, max_attempts, crashes, deadline_at,
               cancel_requested, created_at, traceparent, jobs.id, namespace, channel, options,
               state, token, custom_id, batch_id, finished_at, error, result
+    """
+)
+
+# Those that a claim without suspects has left alone.
+_SUSPECTS = text(
+    """
+    SELECT id FROM jobs
+    WHERE id = ANY(CAST(:ids AS uuid[])) AND available_at <= now()
+      AND (state = 'queued' AND crashes > 0 OR state = 'running' AND lease_until < now())
+    ORDER BY crashes, id
     """
 )
 
@@ -137,6 +149,7 @@ class Claims(StorePart):
         *,
         owner: str,
         lease_s: float,
+        suspects: bool = True,
         max_crashes: int = MAX_CRASHES,
     ) -> Claim:
         """Take what can be taken of some jobs, in one statement.
@@ -149,6 +162,8 @@ class Claims(StorePart):
             ids: The jobs.
             owner: Name of the worker, for people.
             lease_s: Seconds by Postgres' clock until others may take them.
+            suspects: Whether to take jobs, too, with which a process died: they are to be run with
+                nothing beside them.
             max_crashes: Deaths of a process after which a job is set aside.
 
         Returns:
@@ -161,6 +176,7 @@ class Claims(StorePart):
             "ids": list(ids),
             "owner": owner,
             "lease_s": lease_s,
+            "suspects": suspects,
             "max_crashes": max_crashes,
             "cancelled": CANCELLED.model_dump_json(),
             "expired": DEADLINE_PASSED.model_dump_json(),
@@ -172,6 +188,22 @@ class Claims(StorePart):
             jobs=tuple(_claimed(row) for row in rows if row["state"] == JobState.RUNNING),
             ended=tuple(delivery(row) for row in rows if row["state"] != JobState.RUNNING),
         )
+
+    async def suspects_among(self, ids: Iterable[UUID]) -> list[UUID]:
+        """Return the jobs that a claim without suspects left alone because they are suspects.
+
+        Args:
+            ids: The jobs.
+
+        Returns:
+            Those that may be claimed and were in flight when a process died; the least suspect
+            first.
+
+        Raises:
+            DatabaseUnavailableError: Postgres cannot be used now.
+        """
+        async with self._database.connection() as connection:
+            return list((await connection.scalars(_SUSPECTS, {"ids": list(ids)})).all())
 
     async def renew(self, held: Held, *, lease_s: float) -> Renewal:
         """Keep jobs that are held (heartbeat).
