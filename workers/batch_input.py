@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from schema.errors import ConfigurationError, InvalidFileError
 from schema.openai_batch import BadLine, BatchLine, BatchParser, read_lines
+from workers import parquet
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
 #: Name that stands for standard input or output.
 STANDARD = "-"
@@ -35,7 +36,7 @@ _BROKEN = (OSError, EOFError, ValueError, zlib.error)
 
 
 def open_input(path: str) -> BinaryIO:
-    """Open a batch file for reading; ``.gz`` and ``.zst`` are decompressed.
+    """Open a batch file for reading; ``.gz`` and ``.zst`` are decompressed, Parquet is not.
 
     Args:
         path: The file, or ``-``.
@@ -64,6 +65,19 @@ def open_input(path: str) -> BinaryIO:
         raise InvalidFileError(msg, path=path) from exc
 
 
+def lines_of(path: str, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Yield what stands in the lines of a batch file, or in the rows of a Parquet file.
+
+    Args:
+        path: The file.
+        file: The same, opened by `open_input`.
+
+    Yields:
+        Number, counted from 1, and JSON; None for a line that is too long.
+    """
+    return parquet.lines(path) if path.endswith(parquet.ENDING) else read_lines(file)
+
+
 def check_input(path: str) -> None:
     """Refuse a file that is no batch, before anything is started for it.
 
@@ -79,7 +93,7 @@ def check_input(path: str) -> None:
     parser = BatchParser()
     with open_input(path) as file:
         try:
-            for number, raw in read_lines(file):
+            for number, raw in lines_of(path, file):
                 line = parser.parse(number, raw)
                 if isinstance(line, BatchLine) or line.is_object:
                     return
@@ -277,7 +291,7 @@ class BatchInput:
     def _parse_all(self) -> None:
         parser = BatchParser()
         strange: list[BadLine] | None = []
-        for number, raw in read_lines(self._file):
+        for number, raw in lines_of(self._path, self._file):
             line = parser.parse(number, raw)
             if strange is not None:
                 if isinstance(line, BadLine) and not line.is_object:

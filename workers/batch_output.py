@@ -15,6 +15,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from uuid import UUID, uuid4
@@ -23,6 +24,7 @@ import orjson
 
 from schema.errors import ConfigurationError, InvalidFileError
 from schema.openai_batch import id_digest
+from workers import parquet
 from workers.batch_input import STANDARD, open_input
 
 if TYPE_CHECKING:
@@ -81,7 +83,8 @@ class BatchOutput:
                 with self._errors(errors):
                     self._apart = Path(f"{errors}.partial").open("wb")  # noqa: SIM115  `close` does
             return
-        _check_compressor(path)
+        for file in filter(None, (path, errors)):
+            _check_form(file)
         with self._errors():
             self._open(identity, resume=resume, redo=redo)
 
@@ -186,8 +189,7 @@ class BatchOutput:
         if self._partial.stat().st_size == 0:
             for former in (self.path, self._errors_path):
                 if former is not None and Path(former).is_file() and Path(former).stat().st_size:
-                    with open_input(former) as complete:
-                        shutil.copyfileobj(complete, self._file)
+                    _copy_lines(former, self._file)
             self._file.flush()
         self.kept = _tidy(self._partial, self._file, _REDO[redo] if redo else None)
 
@@ -285,20 +287,34 @@ def _is_truncated(row: dict[str, Any]) -> bool:
 _REDO = {"failed": _is_failed, "truncated": _is_truncated}
 
 
-def _check_compressor(path: str) -> None:
-    from importlib.util import find_spec
-
+def _check_form(path: str) -> None:
+    """Refuse at the beginning what could not be written at the end."""
     if path.endswith(".zst") and find_spec("zstandard") is None:
         msg = "writing .zst needs the package zstandard: pip install zstandard"
         raise ConfigurationError(msg)
+    if path.endswith(parquet.ENDING):
+        parquet.pyarrow("pyarrow.parquet")
+
+
+def _copy_lines(former: str, file: BinaryIO) -> None:
+    if former.endswith(parquet.ENDING):
+        file.writelines(parquet.former_lines(former))
+        return
+    with open_input(former) as complete:
+        shutil.copyfileobj(complete, file)
 
 
 def _publish(source: Path, target: str) -> None:
-    """Give a whole file its name, compressed where the name says so."""
-    if not target.endswith((".gz", ".zst")):
+    """Give a whole file its name, in the form that the name asks for."""
+    if not target.endswith((".gz", ".zst", parquet.ENDING)):
         source.replace(target)
         return
     made = Path(f"{target}.tmp")
+    if target.endswith(parquet.ENDING):
+        parquet.write(source, made)
+        made.replace(target)
+        source.unlink()
+        return
     with source.open("rb") as plain:
         if target.endswith(".gz"):
             with gzip.open(made, "wb") as packed:

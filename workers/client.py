@@ -19,11 +19,12 @@ from workers.jobs import Job
 from workers.loop_thread import LoopThread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from uuid import UUID
 
     from schema.jobs import JobResult, JobSpec, JobState, JobStatus
     from workers.aio_client import JobName
+    from workers.batch import BatchOptions, BatchProgress
     from workers.channel import TokenDelta
     from workers.consumer import ChannelConsumer
     from workers.jobs import AsyncJob
@@ -167,6 +168,22 @@ class JobClient:
     ) -> Iterator[TokenDelta]:
         """Yield a job's text as it grows; see `AsyncJobClient.stream`."""
         return self._thread.iterate(self._aio.stream(job, cursor, namespace=namespace))
+
+    def run_batch(
+        self,
+        source: str,
+        target: str,
+        options: BatchOptions | None = None,
+        *,
+        on_progress: Callable[[BatchProgress], None] | None = None,
+    ) -> BatchProgress:
+        """Answer every row of a batch file; see `workers.batch.run_batch`."""
+        from workers.batch import BatchOptions, run_batch
+
+        given = options or BatchOptions()
+        return self._thread.run(
+            run_batch(self._aio, source, target, given, on_progress=on_progress)
+        )
 
     def _job(self, job: AsyncJob) -> Job:
         return Job(

@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 
 from schema import names, wire
 from schema.errors import InvalidFileError
-from schema.jobs import JobResult, JobState
+from schema.jobs import JobError, JobResult, JobState, Provenance
 from workers import AsyncJobClient, Settings
 from workers.batch import BatchOptions, BatchProgress, run_batch
 from workers.batch_jobs import describe
@@ -66,6 +66,15 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+BROKE = JobError(type="EngineFailedError", message="broke")
+
+
+def text_of(body: dict[str, Any]) -> str | None:
+    """Return the text of an answer."""
+    (choice,) = body.get("choices") or [{}]
+    return (choice.get("message") or {}).get("content")
+
+
 class PlayedWorker:
     """Answers all that comes for one model with what the body says; may be told to tire."""
 
@@ -77,6 +86,11 @@ class PlayedWorker:
         self.most: int | None = None
         self.left: list[UUID] = []
         self.publishes = True
+
+    @staticmethod
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        """Return what is answered."""
+        return {"choices": [{"finish_reason": body.get("end", "stop")}], **body}
 
     async def work(self) -> None:
         """Run until cancelled."""
@@ -94,18 +108,27 @@ class PlayedWorker:
                     self.left = [job.id for job in await self.store.release(rest)]
                     return
                 body = job.request["body"]
-                self.ran.append(body["say"])
-                done = {"choices": [{"finish_reason": body.get("end", "stop")}], **body}
+                self.ran.append(body.get("say") or body.get("input") or body["messages"][-1])
+                done = self.reply(body)
+                failed = bool(body.get("fail"))
                 result = JobResult(
                     job_id=job.id,
                     namespace=job.namespace,
-                    status=JobState.FAILED if body.get("fail") else JobState.DONE,
+                    status=JobState.FAILED if failed else JobState.DONE,
                     token=job.token,
                     custom_id=job.custom_id,
+                    text=None if failed else text_of(done),
                     body=done,
                     metadata={"provenance": "generated"},
+                    error=BROKE if failed else None,
                 )
-                await self.store.finish([Outcome(job_id=job.id, token=job.token, result=result)])
+                outcome = Outcome(
+                    job_id=job.id,
+                    token=job.token,
+                    result=result,
+                    provenance=None if failed else Provenance.GENERATED,
+                )
+                await self.store.finish([outcome])
                 if self.publishes:
                     await self.channel.publish([(job.channel, result)])
 

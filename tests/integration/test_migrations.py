@@ -13,6 +13,7 @@ from sqlalchemy import create_engine, text
 
 from schema.errors import ConfigurationError, DatabaseUnavailableError
 from schema.tables import Base
+from schema.views import BATCH_PROGRESS, JOB_RESULTS
 from workers.store import schema_upgrade
 
 if TYPE_CHECKING:
@@ -36,13 +37,16 @@ _INDEXES = """
     SELECT tablename, indexname, indexdef FROM pg_indexes
     WHERE schemaname = 'public' AND tablename <> 'alembic_version'
 """
+_VIEWS = """
+    SELECT viewname, definition FROM pg_views WHERE schemaname = 'public'
+"""
 
 
 def _catalogue(url: str) -> list[list[tuple[object, ...]]]:
     with psycopg.connect(url) as connection:
         return [
             sorted(connection.execute(query).fetchall(), key=repr)
-            for query in (_COLUMNS, _CONSTRAINTS, _INDEXES)
+            for query in (_COLUMNS, _CONSTRAINTS, _INDEXES, _VIEWS)
         ]
 
 
@@ -64,6 +68,11 @@ def test_a_migrated_database_equals_a_fresh_one(database_url: str, empty_databas
         assert migrated
 
 
+def test_views_are_made_of_what_the_models_say() -> None:
+    # Importing them is what lets a fresh schema have them.
+    assert all("CREATE VIEW" in view for view in (JOB_RESULTS, BATCH_PROGRESS))
+
+
 def test_alembic_finds_nothing_to_change(database_url: str) -> None:
     engine = create_engine(_engine_url(database_url))
     with engine.connect() as connection:
@@ -82,7 +91,7 @@ def test_upgrading_and_downgrading(empty_database_url: str) -> None:
 
     schema_upgrade.downgrade(empty_database_url)
     assert schema_upgrade.current(empty_database_url) is None
-    assert _catalogue(empty_database_url) == [[], [], []]
+    assert _catalogue(empty_database_url) == [[], [], [], []]
 
     schema_upgrade.upgrade(empty_database_url)
     assert schema_upgrade.current(empty_database_url) == schema_upgrade.head()
