@@ -14,6 +14,7 @@ from kombu import Exchange, Queue
 
 from schema import names
 from workers import tasks
+from workers.pinning import device_here
 from workers.pool import lifespan
 from workers.transport import broker_settings, limit_intake
 
@@ -125,4 +126,4 @@ def run_worker(
 
 
 def _hostname(model: str) -> str:
-    return f"{model.replace('/', '.')}-{os.getpid()}@%h"
+    return f"{model.replace('/', '.')}-{device_here()}-{os.getpid()}@%h"

@@ -1,7 +1,7 @@
-"""Devices and the worker processes on them: one worker a device or tensor-parallel group.
+"""The workers of a machine: one on each device or tensor-parallel group.
 
-A worker is pinned by ``CUDA_VISIBLE_DEVICES`` in the environment that it is started with, so before
-anything in it can touch CUDA. Each worker is a process of its own, started anew when it dies.
+`workers.fleet_plan` says which there are to be, `workers.pinning` what binds each to its device,
+`workers.worker_process` how one is started, watched and started anew.
 """
 
 from __future__ import annotations
@@ -13,26 +13,33 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from schema.errors import ConfigurationError, EngineGoneError, InvalidRequestError
+from schema.errors import EngineGoneError
+from workers.fleet_plan import Post, cards_here, on_this_machine, plan
+from workers.pinning import Device
 from workers.worker_process import STOP_GRACE_S, SUPERVISED, WorkerProcess
 
 if TYPE_CHECKING:
+    from workers.fleet_file import FleetFile
     from workers.settings import Settings
+
+__all__ = ["Device", "Fleet", "Post", "end_with_starter", "ensure_worker", "up"]
 
 _LOOK_S = 0.05
 
 
-def end_with_starter(*, drain_s: float) -> None:
+def end_with_starter(*, drain_s: float) -> bool:
     """Make this worker drain and end when the process that started it is gone, however it went.
 
     Args:
         drain_s: Seconds it may take; then it is killed, with all that it started.
+
+    Returns:
+        Whether a fleet started it; if not, nothing happens.
     """
     if os.environ.pop(SUPERVISED, None) is None:
-        return
+        return False
 
     def watch() -> None:
         while os.read(0, 1024):
@@ -42,80 +49,7 @@ def end_with_starter(*, drain_s: float) -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, name="promptmill-starter", daemon=True).start()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """What one worker runs on."""
-
-    gpus: tuple[str, ...] = ()  # indices, UUIDs or MIG names; none is the CPU
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return "+".join(self.gpus) if self.gpus else "cpu"
-
-    def environment(self) -> dict[str, str]:
-        """Variables that pin a process to it."""
-        if not self.gpus:
-            return {}
-        # By bus order, so that an index means the same as in nvidia-smi.
-        return {
-            "CUDA_VISIBLE_DEVICES": ",".join(self.gpus),
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        }
-
-    def engine_args(self) -> tuple[str, ...]:
-        """Arguments of vLLM's command line that it asks for."""
-        if len(self.gpus) < 2:
-            return ()
-        return ("--tensor-parallel-size", str(len(self.gpus)))
-
-
-def parse_gpus(text: str) -> list[Device]:
-    """Parse ``0,1:2,3``: groups separated by a colon, devices of a group by a comma.
-
-    A UUID or MIG name may stand for an index. ``0:1`` is two workers, ``0,1`` one on two devices.
-
-    Args:
-        text: As on the command line.
-
-    Raises:
-        InvalidRequestError: It names no device, or one twice.
-    """
-    groups = [tuple(name.strip() for name in group.split(",")) for group in text.split(":")]
-    named = [name for group in groups for name in group]
-    for name in named:
-        if not (name.isdigit() or name.startswith(("GPU-", "MIG-"))):
-            msg = "is no device; give indices or GPU-/MIG- names, such as 0,1:2,3"
-            raise InvalidRequestError(msg, field="gpus", value=name)
-    if len(set(named)) < len(named):
-        msg = "names a device twice; each worker needs devices of its own"
-        raise InvalidRequestError(msg, field="gpus", value=text)
-    return [Device(gpus=group) for group in groups]
-
-
-def visible_devices() -> list[str]:
-    """Return what this process' own CUDA_VISIBLE_DEVICES names; empty where it is unset."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return [name.strip() for name in named.split(",") if name.strip()]
-
-
-def cpu_cores(workers: int) -> list[str]:
-    """Divide this process' cores among workers, as vLLM's ``VLLM_CPU_OMP_THREADS_BIND`` has it.
-
-    Args:
-        workers: How many.
-
-    Raises:
-        ConfigurationError: There are more workers than cores.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    if workers > len(cores):
-        msg = f"{workers} workers need as many cores, and there are {len(cores)}"
-        raise ConfigurationError(msg)
-    share = len(cores) // workers
-    return [",".join(map(str, cores[at * share : (at + 1) * share])) for at in range(workers)]
+    return True
 
 
 class Fleet:
@@ -123,35 +57,35 @@ class Fleet:
 
     Args:
         settings: Read from the environment and the command line.
-        devices: One worker each.
-        engine_args: Further arguments of vLLM's command line.
+        posts: One worker each; a device alone is one with the settings' model.
+        engine_args: Further arguments of vLLM's command line, for all.
         on_event: Told what happens, in words.
     """
 
     def __init__(
         self,
         settings: Settings,
-        devices: Sequence[Device],
+        posts: Sequence[Device | Post],
         *,
         engine_args: Sequence[str] = (),
         on_event: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self.settings = settings
         self._stop_by = float("inf")  # by the clock of `time.monotonic`
-        on_cpu = [device for device in devices if not device.gpus]
-        cores = cpu_cores(len(on_cpu)) if len(on_cpu) > 1 else []
         self.workers = []
-        for index, device in enumerate(devices):
-            environment = device.environment()
-            if cores and not device.gpus:
-                environment["VLLM_CPU_OMP_THREADS_BIND"] = cores[index]
+        for each in posts:
+            post = each if isinstance(each, Post) else _post(each, engine_args)
             command = [sys.executable, "-m", "workers.cli", "worker"]
-            command += [f"--vllm-arg={word}" for word in (*device.engine_args(), *engine_args)]
+            command += [f"--vllm-arg={word}" for word in (*post.engine_args, *engine_args)]
             self.workers.append(
                 WorkerProcess(
-                    name=device.name,
+                    name=post.name,
                     command=command,
-                    environment={**os.environ, **environment, **_settings_environment(settings)},
+                    environment={
+                        **os.environ,
+                        **post.device.environment(),
+                        **_settings_environment(post.settings(settings)),
+                    },
                     on_event=on_event,
                 )
             )
@@ -205,34 +139,19 @@ class Fleet:
             worker.stop(signal.SIGQUIT)
 
 
+def _post(device: Device, engine_args: Sequence[str]) -> Post:
+    return Post(device=device, engine_args=device.engine_args(engine_args))
+
+
 def _settings_environment(settings: Settings) -> dict[str, str]:
     """Return the settings as variables, so that a worker reads what its starter was told."""
-    values = settings.model_dump(exclude_defaults=True, exclude_unset=True)
+    values = settings.model_dump(exclude_unset=True)
     environment = {}
     for name, value in values.items():
         plain = value.get_secret_value() if hasattr(value, "get_secret_value") else value
-        if plain is not None:
-            environment[f"PROMPTMILL_{name.upper()}"] = str(plain)
+        # An empty variable is one that is not set, whatever this process' own was.
+        environment[f"PROMPTMILL_{name.upper()}"] = "" if plain is None else str(plain)
     return environment
-
-
-def devices_for(gpus: str | None, workers: int | None) -> list[Device]:
-    """Return the devices that the command line asks for.
-
-    Args:
-        gpus: As `parse_gpus` takes it, or None.
-        workers: On the CPU, how many; or None.
-
-    Raises:
-        InvalidRequestError: The two contradict each other.
-    """
-    if gpus is None:
-        return [Device()] * (workers or 1)
-    devices = parse_gpus(gpus)
-    if workers not in (None, len(devices)):
-        msg = f"{gpus!r} is {len(devices)} workers; leave the number out, or make them agree"
-        raise InvalidRequestError(msg, field="workers", value=workers)
-    return devices
 
 
 def up(
@@ -241,6 +160,7 @@ def up(
     gpus: str | None = None,
     workers: int | None = None,
     engine_args: Sequence[str] = (),
+    file: FleetFile | None = None,
     on_event: Callable[[str], None] = print,
 ) -> int:
     """Run the stack and workers until this process is told to stop; say when jobs are taken.
@@ -250,6 +170,7 @@ def up(
         gpus: As `parse_gpus` takes it; None runs on the CPU.
         workers: On the CPU, how many.
         engine_args: Further arguments of vLLM's command line.
+        file: Which workers run, and with which arguments; in place of `gpus` and `workers`.
         on_event: Told what happens, in words; ``ready`` once every worker takes jobs.
 
     Returns:
@@ -257,11 +178,17 @@ def up(
 
     Raises:
         EngineGoneError: A worker did not start.
+        InvalidRequestError: The machine has not what was asked for, or two words contradict.
+        ConfigurationError: A model does not exist, or vLLM's build is the wrong one.
+        StackError: The servers did not start, or the model hub cannot be reached.
     """
     from workers import endpoints
 
+    planned = plan(gpus=gpus, workers=workers, engine_args=engine_args, file=file)
+    posts = on_this_machine(planned, cards_here(planned))
+    fetch_models(settings, posts, on_event=on_event)
     found = endpoints.find(settings)
-    fleet = Fleet(settings, devices_for(gpus, workers), engine_args=engine_args, on_event=on_event)
+    fleet = Fleet(settings, posts, on_event=on_event)
     stop = threading.Event()
 
     def told_to_stop(number: int, _frame: object) -> None:
@@ -283,6 +210,32 @@ def up(
         fleet.stop()
         found.close()
     return 0
+
+
+def fetch_models(
+    settings: Settings, posts: Sequence[Post], *, on_event: Callable[[str], None]
+) -> None:
+    """Bring the models that are wanted onto this machine, before workers ask for them all at once.
+
+    Args:
+        settings: Read from the environment and the command line.
+        posts: What the workers are to do.
+        on_event: Told what happens, in words.
+
+    Raises:
+        ConfigurationError: A model does not exist, or may not be read.
+        StackError: The model hub cannot be reached.
+    """
+    from workers import hub
+
+    wanted = {
+        (model, hub.revision_of(post.engine_args)): None
+        for post in posts
+        if (model := post.settings(settings).model) is not None and not hub.is_folder(model)
+    }
+    for model, revision in wanted:
+        on_event(f"looking for {model}")
+        hub.fetch(model, revision=revision)
 
 
 def _wait_ready_or(stop: threading.Event, fleet: Fleet) -> None:

@@ -5,9 +5,11 @@ vLLM would fetch it too, inside a worker, where nobody sees how far it is or wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from schema.errors import ConfigurationError, StackError
+from workers.pinning import flag_value
 
 #: What a worker may need of a repository, whichever tokenizer it has.
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
@@ -15,6 +17,7 @@ _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 #: Copies of the weights in the layout of whoever trained the model.
 _NEVER = ("original/**", "metal/**")
+_ASK_S = 10.0
 _PROXY = "where a proxy is needed, set HTTPS_PROXY; a mirror goes into HF_ENDPOINT"
 
 
@@ -25,6 +28,15 @@ def is_folder(model: str) -> bool:
         model: As given to ``--model``.
     """
     return model.startswith(("/", ".", "~")) or Path(model).is_dir()
+
+
+def revision_of(engine_args: Sequence[str]) -> str | None:
+    """Return the revision that vLLM's arguments name, or None.
+
+    Args:
+        engine_args: Of its command line.
+    """
+    return flag_value(engine_args, "--revision")
 
 
 def cached(model: str, *, revision: str | None = None) -> Path | None:
@@ -105,7 +117,9 @@ def _weights_of(model: str, revision: str | None) -> str:
 
     from huggingface_hub import HfApi
 
-    files = HfApi().list_repo_files(model, revision=revision)
+    # Not the listing of its files, which is asked for again and again for half a minute.
+    info = HfApi().model_info(model, revision=revision, timeout=_ASK_S)
+    files = [file.rfilename for file in info.siblings or ()]
     for pattern in _WEIGHTS:
         if any(fnmatch(file, pattern) for file in files):
             return pattern

@@ -23,6 +23,7 @@ from workers import registry
 from workers.cancellation import heed_cancellation
 from workers.channel import ResultChannel
 from workers.connection import open_redis
+from workers.pinning import device_here, worker_name
 from workers.queue_marks import oldest_live_message_at, shine
 from workers.sending import Sender
 from workers.serving import ServedModel, vllm_arguments
@@ -80,7 +81,7 @@ async def worker_runtime(
     from workers.publishing import Publisher
     from workers.slots import Slots
 
-    name = f"{model.name}@{socket.gethostname()}:{os.getpid()}"
+    name = worker_name(model.name)
     async with AsyncExitStack() as stack:
         database = Database(endpoints.database_url or "", pool_size=8)
         stack.push_async_callback(database.aclose)
@@ -263,7 +264,7 @@ async def _announce(redis: Redis, name: str, model: str, pipeline: Pipeline, llm
             "models": [model],
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "device": os.environ.get("CUDA_VISIBLE_DEVICES", "cpu"),
+            "device": device_here(),
             "started_at": started,
             "oldest_sent_at": pipeline.oldest_sent_at,
             "running": pipeline.running,

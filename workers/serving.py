@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from schema.errors import ConfigurationError
 from workers.endpoints import BUNDLED, served_name
@@ -47,6 +48,29 @@ def served_model(settings: Settings, *, engine_args: Sequence[str] = ()) -> Serv
         path=str(bundled_model(settings.cache_dir)),
         engine_args=(*_BUNDLED_ARGUMENTS, *engine_args),
     )
+
+
+def engine_words(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return engine arguments as words of vLLM's command line.
+
+    Args:
+        arguments: By name, with ``_`` or ``-``. True is a flag alone, False its ``--no-`` form, a
+            list several words, a mapping JSON; None leaves vLLM its default.
+    """
+    words: list[str] = []
+    for name, value in arguments.items():
+        flag = name.strip().lstrip("-").replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        elif isinstance(value, Mapping):
+            words += [f"--{flag}", json.dumps(value)]
+        else:
+            words += [f"--{flag}", str(value)]
+    return tuple(words)
 
 
 def vllm_arguments(model: ServedModel) -> Namespace:

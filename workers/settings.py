@@ -14,7 +14,7 @@ from schema.errors import ConfigurationError, shown
 
 ENV_PREFIX = "PROMPTMILL_"
 # Of the processes among themselves, of the container's entry point, and of tests.
-_NO_SETTINGS = frozenset({"PROMPTMILL_SUPERVISED", "PROMPTMILL_SECRETS_DIR"})
+_NO_SETTINGS = frozenset({"PROMPTMILL_SUPERVISED", "PROMPTMILL_FAMILY", "PROMPTMILL_SECRETS_DIR"})
 _OF_TESTS = ("PROMPTMILL_TEST_", "PROMPTMILL_FAULT_")
 _SECRET_FIELDS = frozenset({"database_url", "redis_url"})
 

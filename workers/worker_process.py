@@ -109,7 +109,12 @@ class WorkerProcess:
             failed = lived_s < _QUICK_DEATH_S or not was_ready
             quick_deaths = quick_deaths + 1 if failed else 0
             if quick_deaths >= _MOST_QUICK_DEATHS or (code == 2 and not self.ready.is_set()):
-                self.on_event(f"worker on {self.name} is given up: it ended with {code}")
+                words = "\n".join(["; its last words:", *self.last_words])
+                # Whoever waits for the first start is told them by the error that he gets.
+                self.on_event(
+                    f"worker on {self.name} is given up: it ended with {code}"
+                    + (words if self.ready.is_set() else "")
+                )
                 self.given_up.set()
                 return
             wait_s = _BACKOFF_S[min(quick_deaths, len(_BACKOFF_S) - 1)]
@@ -144,6 +149,7 @@ class WorkerProcess:
             if self._stopping.is_set():
                 return None
             self._family = uuid4().hex
+            self.last_words.clear()
             self.process = subprocess.Popen(
                 self.command,
                 env={

@@ -17,7 +17,7 @@ ENVIRONMENT = {
     "workers/devices.py": "hands its own environment on to workers, with devices added",
     "workers/enrich/child.py": "hands its own environment on to the child it starts",
     "workers/cli/deployment.py": "says of each setting whether a variable gave it",
-    "workers/runtime.py": "says in its beacon which device it was pinned to",
+    "workers/pinning.py": "says what it was bound to, and how much memory may be divided",
     "workers/local.py": "hands its own environment on to the supervisor, without Postgres' own",
     "workers/serving.py": "gives vLLM's own variables their defaults before vLLM reads them",
     "workers/supervisor.py": "looks where the system wants sockets to be",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from schema.errors import ConfigurationError
+from schema.errors import ConfigurationError, InvalidFileError
 from workers.cli.shared import (
     Json,
     need_worker_package,
@@ -28,6 +29,11 @@ ModelPath = Annotated[
 VllmArgs = Annotated[
     list[str] | None,
     typer.Option("--vllm-arg", help="Argument of vLLM's, such as --vllm-arg=--enforce-eager."),
+]
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML: engine_args for vLLM, and for `up` workers too."),
 ]
 
 
@@ -52,8 +58,12 @@ def up(
         typer.Option(help="An engine argument of vLLM's: --engine-arg max_model_len=8192."),
     ] = None,
     vllm_arg: VllmArgs = None,
+    config_file: ConfigFile = None,
 ) -> None:
     """Run the stack and its workers until Ctrl-C; print "ready" when jobs are taken.
+
+    A model of the hub is fetched first; a bar shows how far it is. Several workers on the CPU get
+    cores of their own, and VLLM_CPU_KVCACHE_SPACE (GiB) is divided among them.
 
     For example:
 
@@ -62,16 +72,29 @@ def up(
         promptmill up --model Qwen/Qwen3-0.6B --gpus 0:1
 
         promptmill up --engine-arg max_model_len=8192 --engine-arg enforce_eager=true
+
+        promptmill up --config fleet.yaml
+
+    The file names models and where they run; the arguments are vLLM's, for all or for some:
+
+        engine_args: {max_model_len: 8192}
+
+        workers:
+
+        - {model: Qwen/Qwen3-0.6B, gpus: "0,1:2"}
+
+        - {model: intfloat/e5-small-v2, gpus: "3", engine_args: {runner: pooling}}
     """
     need_worker_package()
     settings = settings_with(model=model)
-    from workers import devices
+    from workers import devices, fleet_file
 
     code = devices.up(
         settings,
         gpus=gpus,
         workers=workers,
         engine_args=_engine_args(engine_arg, vllm_arg),
+        file=fleet_file.read(config_file) if config_file else None,
         on_event=lambda text: print(text, flush=True),
     )
     raise typer.Exit(code)
@@ -84,6 +107,7 @@ def worker(
         typer.Option(help="An engine argument of vLLM's: --engine-arg max_model_len=8192."),
     ] = None,
     vllm_arg: VllmArgs = None,
+    config_file: ConfigFile = None,
 ) -> None:
     """Run one worker on the devices that CUDA_VISIBLE_DEVICES names, until it is told to stop.
 
@@ -92,13 +116,16 @@ def worker(
     need_worker_package()
     settings = settings_with(model=model)
     from workers import endpoints, serving
-    from workers.devices import end_with_starter
+    from workers.devices import Device, Post, end_with_starter, fetch_models
     from workers.worker_process import READY
 
-    end_with_starter(drain_s=settings.drain_s)
+    supervised = end_with_starter(drain_s=settings.drain_s)
     # Before vLLM is imported, which reads the environment as it is then.
     serving.prepare_environment()
-    served = serving.served_model(settings, engine_args=_engine_args(engine_arg, vllm_arg))
+    words = (*_file_words(config_file), *_engine_args(engine_arg, vllm_arg))
+    if not supervised:
+        fetch_models(settings, [Post(device=Device(), engine_args=words)], on_event=say)
+    served = serving.served_model(settings, engine_args=words)
     found = endpoints.find(settings)
     try:
         if found.database_url is None:
@@ -114,17 +141,26 @@ def worker(
     raise typer.Exit(code)
 
 
+def _file_words(config_file: Path | None) -> tuple[str, ...]:
+    if config_file is None:
+        return ()
+    from workers import fleet_file
+
+    file = fleet_file.read(config_file)
+    if file.workers:
+        msg = "names workers; one worker takes engine_args alone: `promptmill up` runs several"
+        raise InvalidFileError(msg, path=config_file)
+    return file.words()
+
+
 def _engine_args(named: list[str] | None, plain: list[str] | None) -> list[str]:
-    words = []
+    from workers.serving import engine_words
+
+    words: list[str] = []
     for argument in named or ():
         name, separator, value = argument.partition("=")
-        flag = "--" + name.strip().lstrip("-").replace("_", "-")
-        if not separator or value.lower() == "true":
-            words.append(flag)
-        elif value.lower() == "false":
-            words.append(f"--no-{flag[2:]}")
-        else:
-            words += [flag, value]
+        plainly = {"true": True, "false": False}.get(value.lower(), value)
+        words += engine_words({name: plainly if separator else True})
     return words + list(plain or ())
 
 

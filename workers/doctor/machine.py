@@ -165,7 +165,7 @@ def _cpu(cards: list[hardware.Gpu] | None) -> Iterator[Check]:
 
 
 def _cards(cards: list[hardware.Gpu]) -> Iterator[Check]:
-    from workers.devices import visible_devices
+    from workers.pinning import visible_devices
 
     for name in visible_devices():
         if not any(card.answers_to(name) for card in cards):
