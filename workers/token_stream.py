@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from workers.jobs import JobRef
 
 _BLOCK_S = 1.0
+_AGAIN_S = 0.5
+# Seconds for which Redis may be away, where there is no database to take the answer from.
+_PATIENCE_S = 120.0
 
 
 async def follow(
@@ -41,44 +45,55 @@ async def follow(
     Raises:
         InvalidRequestError: `cursor` is none of ours.
         JobNotFoundError: The database has no such job.
-        BrokerUnavailableError: Redis cannot be used now, and there is no database.
+        BrokerUnavailableError: Redis was away for two minutes, and there is no database.
+        DatabaseUnavailableError: Postgres cannot be used now.
     """
     place, had = _parse(cursor)
-    looked_at = 0.0
+    store = connection.ledger
+    looked_at, away_since = 0.0, None
+    ended = gap = False
     while True:
         heed_cancellation()
-        deltas = []
+        deltas: list[TokenDelta] = []
         try:
             deltas = await connection.channel.read_tokens(
                 job.namespace, job.id, place, block_s=_BLOCK_S
             )
+            away_since = None
         except BrokerUnavailableError:
-            # The answer still comes, whole, from its row.
-            if connection.ledger is None:
+            # With a database the answer still comes, whole, from its row.
+            away_since = away_since or time.monotonic()
+            if store is None and time.monotonic() - away_since > _PATIENCE_S:
                 raise
+            await asyncio.sleep(_AGAIN_S)
         for delta in deltas:
             place = delta.cursor
-            text = delta.text[max(0, had[delta.index] - delta.offset) :]
-            had[delta.index] = max(had[delta.index], delta.offset + len(delta.text))
-            if text or delta.finished:
+            ended = ended or delta.finished
+            # Pieces were lost with Redis: the row has them, and all that follows, in order.
+            gap = gap or (store is not None and delta.offset > had[delta.index])
+            if not gap and (text := delta.text[max(0, had[delta.index] - delta.offset) :]):
+                had[delta.index] = delta.offset + len(delta.text)
                 yield TokenDelta(
                     cursor=_format(place, had),
                     text=text,
                     index=delta.index,
                     offset=had[delta.index] - len(text),
-                    finished=delta.finished,
                 )
-            if delta.finished:
+        if store is None:
+            if ended:
+                yield TokenDelta(cursor=_format(place, had), text="", finished=True)
                 return
-        if deltas or connection.ledger is None or time.monotonic() - looked_at < LOOK_S:
             continue
-        looked_at = time.monotonic()
-        result = await connection.ledger.result(job.namespace, job.id)
+        if not ended and ((deltas and not gap) or time.monotonic() - looked_at < LOOK_S):
+            continue
+        looked_at, ended = time.monotonic(), False
+        # At the end too: the last pieces may not have reached Redis.
+        result = await store.result(job.namespace, job.id)
         if result is not None:
-            for delta in _rest(result, place, had):
-                yield delta
+            for rest in _rest(result, place, had):
+                yield rest
             return
-        if await connection.ledger.status(job.namespace, job.id) is None:
+        if await store.status(job.namespace, job.id) is None:
             raise not_found(job)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -128,6 +129,32 @@ async def test_deltas_add_up_to_the_answer(client: AsyncJobClient) -> None:
     pieces = [delta.text async for delta in client.stream(job)]
     result = await job.result(WAIT_S)
     assert "".join(pieces) == result.text
+
+
+async def test_a_chat_is_streamed_left_and_taken_up_again(client: AsyncJobClient) -> None:
+    ask: dict[str, Any] = {
+        "messages": [{"role": "user", "content": f"Count from {uuid4().int} on."}],
+        "sampling": {"max_tokens": 40, "ignore_eos": True},
+        "stream": True,
+    }
+    job = await client.submit(**ask)
+    stream = client.stream(job)
+    first = await anext(stream)
+    assert not first.finished
+    assert (await job.status()).state is JobState.RUNNING
+    await stream.aclose()  # type: ignore[attr-defined]  # it is a generator
+    async with AsyncJobClient(client.settings) as other:
+        rest = [delta async for delta in other.stream(job.id, first.cursor)]
+    result = await job.result(WAIT_S)
+    assert result.status is JobState.DONE, result.error
+    assert first.text + "".join(delta.text for delta in rest) == result.text
+    assert result.body is not None
+    assert result.body["choices"][0]["message"]["content"] == result.text
+
+    again = await client.submit(**ask)
+    replayed = [delta.text async for delta in client.stream(again)]
+    assert "".join(replayed) == result.text
+    assert (await again.result(WAIT_S)).metadata["provenance"] == "exact"
 
 
 async def test_cancelling_a_running_job_frees_its_slot(client: AsyncJobClient) -> None:

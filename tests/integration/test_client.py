@@ -347,6 +347,65 @@ async def test_a_stream_goes_on_where_it_was_left(client: AsyncJobClient, worker
         await anext(client.stream(job, "0-0/x"))
 
 
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(0, 0, "HE"), (0, 3, "LO")],  # one in the middle never reached Redis
+        [(0, 0, "HEL")],  # the last did not
+        [],
+    ],
+)
+async def test_pieces_that_were_lost_with_redis_come_from_the_row(
+    client: AsyncJobClient, worker: PlayedWorker, pieces: list[tuple[int, int, str]]
+):
+    job = await client.submit("hello", stream=True)
+    await worker.channel.append_tokens(job.namespace, job.id, pieces)
+    seen: list[str] = []
+
+    async def read() -> None:
+        seen.extend([delta.text async for delta in client.stream(job)])
+
+    reader = asyncio.create_task(read())
+    await worker.run()
+    await worker.channel.append_tokens(job.namespace, job.id, [], finished=True)
+    async with asyncio.timeout(20):
+        await reader
+    assert "".join(seen) == "HELLO"
+
+
+async def test_a_stream_outlives_an_absence_of_redis(
+    client: AsyncJobClient,
+    light: AsyncJobClient,
+    worker: PlayedWorker,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    real, tries = ResultChannel.read_tokens, 0
+
+    async def away_at_first(self: ResultChannel, *args: Any, **named: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise BrokerUnavailableError("gone")
+        return await real(self, *args, **named)
+
+    monkeypatch.setattr("workers.token_stream._AGAIN_S", 0.01)
+    monkeypatch.setattr(ResultChannel, "read_tokens", away_at_first)
+    for one in (client, light):
+        tries = 0
+        job = await one.submit("hello", stream=True)
+        await worker.channel.append_tokens(job.namespace, job.id, [(0, 0, "HEL"), (0, 3, "LO")])
+        await worker.run()
+        await worker.channel.append_tokens(job.namespace, job.id, [], finished=True)
+        async with asyncio.timeout(20):
+            deltas = [delta async for delta in one.stream(job)]
+        assert "".join(delta.text for delta in deltas) == "HELLO"
+        assert deltas[-1].finished
+    monkeypatch.setattr("workers.token_stream._PATIENCE_S", 0.0)
+    tries = -1000
+    with pytest.raises(BrokerUnavailableError):
+        await anext(light.stream(job))
+
+
 async def test_what_is_wrong_is_refused_before_anything_is_enqueued(
     client: AsyncJobClient, light: AsyncJobClient, worker: PlayedWorker
 ):

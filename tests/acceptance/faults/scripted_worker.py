@@ -25,6 +25,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 MODEL = "scripted"
@@ -35,7 +36,9 @@ BEFORE_MARK = "before-mark"  # between the publication and the note of it
 BEFORE_ACKNOWLEDGE = "before-acknowledge"  # between all that and the acknowledgement
 ENDLESS = "endless"  # how a prompt begins whose answer never comes
 REFUSED = "refuse"  # how a prompt begins that the engine does not take
-_SLOWEST_S = 0.25
+#: Longest time an answer takes, in seconds.
+SLOWEST = "PROMPTMILL_TEST_SLOWEST_S"
+_SLOWEST_S = float(os.environ.get(SLOWEST, "0.25"))
 _LOOK_S = 0.1
 _PR_SET_PDEATHSIG = 1
 _IMPORTED = (
@@ -110,8 +113,28 @@ class ScriptedEngine:
         """Nothing is remembered."""
 
 
+class ScriptedHandlers:
+    """As much of vLLM's handlers: chats are answered like prompts."""
+
+    async def answer(self, _url: str, body: dict[str, Any], *, on_text: Any = None) -> Any:
+        """Return the one answer."""
+        await asyncio.sleep(random.uniform(0.0, _SLOWEST_S))  # noqa: S311  no secret
+        text = scripted_answer(body["messages"][-1]["content"])
+        if on_text is not None:
+            for at in range(0, len(text), 8):
+                await on_text(0, at, text[at : at + 8])
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}}
+        usage = {"prompt_tokens": 8, "completion_tokens": 16, "total_tokens": 24}
+        whole = {
+            "object": "chat.completion",
+            "choices": [{**choice, "finish_reason": "stop"}],
+            "usage": usage,
+        }
+        return SimpleNamespace(ok=True, status_code=200, body=whole)
+
+
 async def _start_engine(*_: Any) -> tuple[Any, Any]:
-    return ScriptedEngine(), None
+    return ScriptedEngine(), ScriptedHandlers()
 
 
 def _die_at(point: str) -> None:
