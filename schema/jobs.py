@@ -6,9 +6,12 @@ in any language sends, and of a `JobResult` what a result channel carries.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 from uuid import UUID, uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
@@ -317,6 +320,32 @@ class JobResult(_Frozen):
     metadata: dict[str, Any] = Field(default_factory=dict)
     error: JobError | None = None
     finished_at: datetime | None = None
+
+    @cached_property
+    def json_text(self) -> str:
+        """The result as JSON: written once, for it is both stored and delivered."""
+        try:
+            return self.model_dump_json()
+        except ValueError:  # half a surrogate pair, which JSON can hold as an escape only
+            return json.dumps(self.model_dump(mode="json"))
+
+    @staticmethod
+    def written(json_text: str, **fields: Any) -> JobResult:
+        """Return a result of which the JSON is at hand.
+
+        Args:
+            json_text: The whole result.
+            fields: Those that the services look at; not checked.
+        """
+        result = JobResult.model_construct(**fields)
+        result.__dict__["json_text"] = json_text
+        return result
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy, as pydantic's; it writes JSON of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("json_text", None)
+        return copied
 
 
 class JobStatus(_Frozen):

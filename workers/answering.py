@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -110,6 +111,8 @@ class Answerer:
                 error = JobError(type="AnswerSchemaError", message=second, status_code=422)
                 return failed(job, error)
             outcome.result.metadata["schema_retry"] = first
+            # It answers another request than the one that was made.
+            outcome = replace(outcome, fingerprint=None)
         if on_text is not None:
             # Only now: a first try that did not fit must not be read by anybody.
             for answer in outcome.result.outputs:
@@ -189,7 +192,12 @@ class Answerer:
         entry = scope.report.entries[0] if scope.report.entries else None
         outputs = _choices(answer.body)
         return _outcome(
-            job, entry, text=outputs[0].text if outputs else None, outputs=outputs, body=answer.body
+            job,
+            entry,
+            text=outputs[0].text if outputs else None,
+            outputs=outputs,
+            body=answer.body,
+            alone=len(scope.report.entries) == 1,
         )
 
 
@@ -274,10 +282,13 @@ def _outcome(
     outputs: list[Completion],
     body: dict[str, Any] | None = None,
     tokens: tuple[int, int] = (0, 0),
+    alone: bool = True,
 ) -> Outcome:
     answer = entry.answer if entry is not None else None
     metadata = {**(entry.metadata if entry is not None else {}), **_cost(answer, body, tokens)}
     provenance = metadata.get("provenance")
+    # An answer that was given by meaning has the fingerprint of another request.
+    repeatable = alone and provenance != Provenance.SEMANTIC
     source = metadata.get("source_answer_id") or metadata.get("answer_id")
     return Outcome(
         job_id=job.id,
@@ -298,6 +309,7 @@ def _outcome(
         answer=answer if entry is not None and not entry.stored else None,
         provenance=Provenance(provenance) if provenance else None,
         answer_id=UUID(source) if source else None,
+        fingerprint=answer.fingerprint if answer is not None and repeatable else None,
     )
 
 

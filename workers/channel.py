@@ -29,6 +29,28 @@ if TYPE_CHECKING:
 
     from schema.jobs import JobResult
 
+# One command for many results: to pack one for each, and to read its reply, took most of the time
+# of a publication. Whoever is woken finds the result in the channel, so all are appended first.
+_APPEND = """
+for at = 5, #ARGV, 5 do
+    local entry = {'job_id', ARGV[at], 'token', ARGV[at + 1], 'result', ARGV[at + 2]}
+    if ARGV[1] == '0' then
+        redis.call('XADD', KEYS[1], '*', unpack(entry))
+    else
+        redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', unpack(entry))
+    end
+end
+if ARGV[2] ~= '0' then
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
+end
+-- Recovery looks there for consumer groups.
+redis.call('ZADD', KEYS[2], ARGV[4], ARGV[3])
+for at = 5, #ARGV, 5 do
+    redis.call('PUBLISH', ARGV[at + 3], ARGV[at + 4])
+end
+return redis.call('GET', KEYS[3])
+"""
+
 __all__ = ["START", "ChannelConsumer", "Delivery", "ResultChannel", "TokenDelta"]
 
 
@@ -53,6 +75,7 @@ class ResultChannel:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._append = redis.register_script(_APPEND)
 
     async def publish(
         self,
@@ -77,30 +100,23 @@ class ResultChannel:
         """
         if not results:
             return None
+        streams: dict[str, list[Any]] = {}
+        now = time.time()
+        for channel, result in results:
+            stream = names.results_stream(result.namespace, channel)
+            said = streams.get(stream)
+            if said is None:
+                member = names.channel_member(result.namespace, channel)
+                said = streams[stream] = [maxlen or 0, int((ttl_s or 0) * 1000), member, now]
+            signal = names.done_signal(result.namespace, result.job_id)
+            said += (str(result.job_id), result.token, result.json_text, signal, result.status)
+        epochs: list[bytes | None] = []
         with broker_errors("publishing results"):
-            async with self._redis.pipeline(transaction=False) as pipe:
-                streams = {}
-                for channel, result in results:
-                    stream = names.results_stream(result.namespace, channel)
-                    streams[stream] = names.channel_member(result.namespace, channel)
-                    entry: Any = {
-                        "job_id": str(result.job_id),
-                        "token": result.token,
-                        "result": result.model_dump_json(),
-                    }
-                    pipe.xadd(stream, entry, maxlen=maxlen, approximate=True)
-                if ttl_s is not None:
-                    for stream in streams:
-                        pipe.pexpire(stream, int(ttl_s * 1000))
-                # After every XADD: who is woken finds the result in the channel.
-                for _, result in results:
-                    signal = names.done_signal(result.namespace, result.job_id)
-                    pipe.publish(signal, result.status.value)
-                # Recovery looks there for consumer groups.
-                pipe.zadd(names.CHANNELS, dict.fromkeys(streams.values(), time.time()))
-                pipe.get(names.EPOCH)
-                epoch: bytes | None = (await pipe.execute())[-1]
-        return None if epoch is None else epoch.decode()
+            for stream, said in streams.items():
+                keys = [stream, names.CHANNELS, names.EPOCH]
+                epochs.append(await self._append(keys=keys, args=said))
+        # Should Redis have lost its data between two of them, the first was lost.
+        return None if epochs[0] is None else epochs[0].decode()
 
     async def end(self, namespace: str, channel: str) -> str:
         """Return the cursor behind the newest entry, to read what comes from now on."""

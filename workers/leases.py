@@ -36,7 +36,7 @@ class Holding:
     """A job that this worker runs."""
 
     job: ClaimedJob
-    task: asyncio.Task[object]
+    task: asyncio.Task[object] | None  # None: its outcome is known, and needs no run
     stopped: Stopped | None = None
 
     def stop(self, why: Stopped) -> None:
@@ -45,7 +45,7 @@ class Holding:
         Args:
             why: Told to whoever runs it; the first reason counts.
         """
-        if self.stopped is None and not self.task.done():
+        if self.task is not None and self.stopped is None and not self.task.done():
             self.stopped = why
             self.task.cancel()
 
@@ -114,6 +114,24 @@ class LeaseKeeper:
                 timer.cancel()
             if self._held.get(job.id) is holding:
                 del self._held[job.id]
+
+    @contextlib.contextmanager
+    def hold_decided(self, jobs: Iterable[ClaimedJob]) -> Iterator[None]:
+        """Keep the leases of jobs whose outcomes are known while they are committed.
+
+        They cannot be stopped any more: an outcome that came first stands.
+
+        Args:
+            jobs: Just claimed.
+        """
+        holdings = {job.id: Holding(job=job, task=None) for job in jobs}
+        self._held.update(holdings)
+        try:
+            yield
+        finally:
+            for job_id, holding in holdings.items():
+                if self._held.get(job_id) is holding:
+                    del self._held[job_id]
 
     def cancel(self, ids: Iterable[UUID], *, namespace: str) -> None:
         """Stop jobs that somebody cancelled.

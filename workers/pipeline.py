@@ -4,7 +4,8 @@ Read it from top to bottom:
 
 1. `run_message` takes a queue message. Jobs that came in full are written to Postgres first.
 2. As engine slots free, jobs are claimed: a lease, and a fencing token that only grows.
-3. `_run` answers one job, while the lease keeper renews its lease.
+3. `_run` answers one job, while the lease keeper renews its lease. Requests that this worker knows
+   the answer to need no run: they skip to the next step, all of a group together.
 4. `_commit`: one transaction for answer, embedding, NLP result and outcome.
 5. `_publish`: the outcome goes on its result channel, and is marked as published.
 6. `run_message` returns when all its jobs have ended, and Celery acknowledges the message.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
@@ -40,6 +41,7 @@ from workers.answering import Answerer, TryAgainError, failed
 from workers.hits import HitCounter
 from workers.leases import Holding, LeaseKeeper, Stopped
 from workers.publishing import Publisher
+from workers.recall import Recall
 from workers.slots import Slots
 from workers.store.records import Claim, ClaimedJob, Delivery, Outcome
 
@@ -88,6 +90,7 @@ class Pipeline:
         leases: Keeps what is in flight.
         slots: Places in the engine.
         hits: Counts how often stored answers were given.
+        recall: Knows the answers to requests that were answered here before.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Pipeline:
         leases: LeaseKeeper,
         slots: Slots,
         hits: HitCounter,
+        recall: Recall,
     ) -> None:
         self._rules = rules
         self._answerer = answerer
@@ -112,6 +116,7 @@ class Pipeline:
         self._leases = leases
         self._slots = slots
         self._hits = hits
+        self._recall = recall
         self._one_suspect = asyncio.Lock()
         self._stored: LRUCache[UUID, bool] = LRUCache(_STORED_REMEMBERED)
         self._in_hand: dict[object, float] = {}  # messages, and when each was written
@@ -193,9 +198,14 @@ class Pipeline:
                 group, ids = ids[:taken], ids[taken:]
                 self._no_longer_waiting(taken)
                 claim = await self._claim(group, taken)
+                known = self._recall.outcomes(claim.jobs)
                 for job in claim.jobs:
-                    self._start(job, running)
+                    if job.id not in known:
+                        self._start(job, running)
                 suspects += await self._left_alone(group, claim)
+                if known:
+                    self._slots.give(len(known))
+                    await self._settle([job for job in claim.jobs if job.id in known], known)
             while running:
                 await asyncio.wait(running)
             await self._run_suspects(suspects, running)
@@ -346,6 +356,19 @@ class Pipeline:
                 await self._publish(
                     [Delivery(channel=job.channel, result=outcome.result, stream=asks_for_deltas)]
                 )
+                self._recall.note(job, outcome)
+
+    async def _settle(self, jobs: Sequence[ClaimedJob], known: Mapping[UUID, Outcome]) -> None:
+        """Commit and publish outcomes that needed no run, together."""
+        with self._leases.hold_decided(jobs):
+            standing = await self._commit_all([known[job.id] for job in jobs])
+            await self._publish(
+                [
+                    Delivery(channel=job.channel, result=known[job.id].result)
+                    for job in jobs
+                    if job.id in standing
+                ]
+            )
 
     async def _outcome(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
         """Return what is to be committed, or None when the job was given back or is lost."""
@@ -367,7 +390,7 @@ class Pipeline:
 
     async def _stopped(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
         """Say what becomes of a job whose run was cancelled."""
-        if holding.stopped is None:
+        if holding.stopped is None or holding.task is None:
             # The worker stops: whoever comes next runs it, and it loses no attempt.
             await asyncio.shield(self._release(job))
             raise asyncio.CancelledError
@@ -400,18 +423,26 @@ class Pipeline:
 
     async def _commit(self, outcome: Outcome) -> bool:
         """Commit, however long Postgres is away; False when another worker holds the job now."""
-        answer = outcome.answer
-        if answer is not None and answer.id in self._stored:
-            # A hit from memory of what was stored before: only the outcome is new.
-            outcome = replace(outcome, answer=None)
-        stands = await self._patiently(
-            "commit an outcome", lambda: self._commit_group.finish(outcome)
+        return bool(await self._commit_all([outcome]))
+
+    async def _commit_all(self, outcomes: Sequence[Outcome]) -> frozenset[UUID]:
+        """Commit outcomes together; return the jobs that were still this worker's."""
+        # Of a hit from memory of what was stored before, only the outcome is new.
+        new = [
+            replace(outcome, answer=None)
+            if outcome.answer is not None and outcome.answer.id in self._stored
+            else outcome
+            for outcome in outcomes
+        ]
+        standing = await self._patiently(
+            "commit outcomes", lambda: self._commit_group.finish_all(new)
         )
-        if stands and answer is not None:
-            self._stored[answer.id] = True
-        if stands:
-            self._hits.note(outcome)
-        return stands
+        for outcome in outcomes:
+            if outcome.job_id in standing:
+                if outcome.answer is not None:
+                    self._stored[outcome.answer.id] = True
+                self._hits.note(outcome)
+        return standing
 
     async def _publish(self, deliveries: Sequence[Delivery]) -> None:
         try:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import structlog
 
 from workers.store.records import Delivery
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from workers.channel import ResultChannel
     from workers.store.jobs import JobStore
+
+    #: Outcomes that came together, and who waits for their publication.
+    _Waiting: TypeAlias = tuple[tuple[Delivery, ...], asyncio.Future[None]]
 
 _log = structlog.get_logger(__name__)
 
@@ -47,9 +53,11 @@ class Publisher:
         self._ttl_s = ttl_s
         self._maxlen = maxlen
         self._max_group = max_group
-        self._waiting: deque[tuple[Delivery, asyncio.Future[None]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
+        self._unmarked: dict[str | None, dict[UUID, int]] = {}  # by the epoch Redis bore
         self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._published = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
 
     async def publish(self, deliveries: Sequence[Delivery]) -> None:
@@ -63,13 +71,15 @@ class Publisher:
         """
         if not deliveries:
             return
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="promptmill-publisher")
-        loop = asyncio.get_running_loop()
-        futures = [loop.create_future() for _ in deliveries]
-        self._waiting.extend(zip(deliveries, futures, strict=True))
+        if not self._tasks:
+            self._tasks = [
+                asyncio.create_task(self._run(), name="promptmill-publisher"),
+                asyncio.create_task(self._keep_account(), name="promptmill-published"),
+            ]
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((tuple(deliveries), future))
         self._wake.set()
-        await asyncio.gather(*futures)
+        await future
 
     async def send(self, deliveries: Sequence[Delivery]) -> str | None:
         """Publish committed outcomes in one trip, and leave it to the caller to note that.
@@ -100,32 +110,46 @@ class Publisher:
         """Publish and note what waits, and stop; idempotent."""
         self._closed = True
         self._wake.set()
-        if self._task is not None:
+        for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+                await task
+            # What was published last is noted last.
+            self._published.set()
+        self._tasks = []
 
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                size = min(len(self._waiting), self._max_group)
-                group = [self._waiting.popleft() for _ in range(size)]
-                try:
-                    epoch = await self.send([delivery for delivery, _ in group])
-                except Exception as exc:  # noqa: BLE001  raised where each of them is waited for
-                    _log.warning("results not published yet", results=size, reason=str(exc))
-                    self._tell(group, exc)
-                    continue
-                self._tell(group, None)
-                await self._mark([delivery for delivery, _ in group], epoch)
+                await self._send(self._group())
             if self._closed:
                 return
 
-    def _tell(
-        self, group: Sequence[tuple[Delivery, asyncio.Future[None]]], exc: Exception | None
-    ) -> None:
+    def _group(self) -> list[_Waiting]:
+        """Take what waits, up to the bound; what came together stays together."""
+        group: list[_Waiting] = []
+        size = 0
+        while self._waiting and (not group or size + len(self._waiting[0][0]) <= self._max_group):
+            group.append(self._waiting.popleft())
+            size += len(group[-1][0])
+        return group
+
+    async def _send(self, group: list[_Waiting]) -> None:
+        deliveries = [delivery for some, _ in group for delivery in some]
+        try:
+            epoch = await self.send(deliveries)
+        except Exception as exc:  # noqa: BLE001  raised where each of them is waited for
+            _log.warning("results not published yet", results=len(deliveries), reason=str(exc))
+            self._tell(group, exc)
+            return
+        unmarked = self._unmarked.setdefault(epoch, {})
+        for delivery in deliveries:
+            unmarked[delivery.result.job_id] = delivery.result.token
+        self._published.set()
+        self._tell(group, None)
+
+    def _tell(self, group: Sequence[_Waiting], exc: Exception | None) -> None:
         for _, future in group:
             if future.done():
                 continue  # whoever waited was cancelled
@@ -134,8 +158,16 @@ class Publisher:
             else:
                 future.set_exception(exc)
 
-    async def _mark(self, deliveries: Sequence[Delivery], epoch: str | None) -> None:
-        published = {delivery.result.job_id: delivery.result.token for delivery in deliveries}
+    async def _keep_account(self) -> None:
+        """Note what was published, beside the next publication and never in its way."""
+        while not (self._closed and self._tasks[0].done() and not self._unmarked):
+            await self._published.wait()
+            self._published.clear()
+            while self._unmarked:
+                epoch = next(iter(self._unmarked))
+                await self._mark(self._unmarked.pop(epoch), epoch)
+
+    async def _mark(self, published: Mapping[UUID, int], epoch: str | None) -> None:
         try:
             await self._jobs.mark_published(published, epoch=epoch)
         except Exception as exc:  # noqa: BLE001  the publisher must outlive it

@@ -79,6 +79,7 @@ async def worker_runtime(
     from workers.leases import LeaseKeeper
     from workers.pipeline import Pipeline, Rules
     from workers.publishing import Publisher
+    from workers.recall import Recall
     from workers.slots import Slots
 
     name = worker_name(model.name)
@@ -114,6 +115,7 @@ async def worker_runtime(
             leases=leases,
             slots=Slots(settings.max_running),
             hits=hits,
+            recall=Recall(llm),
         )
         await _helpers(stack, settings, database, jobs, redis, endpoints, channel, publisher)
         _keep_up(stack, settings, database, answers)

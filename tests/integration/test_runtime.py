@@ -17,6 +17,7 @@ from schema import names
 from schema.wire import JobMessage
 from tests.integration.builders import admit, answer, number, spec
 from workers.cache.memory import MemoryCache
+from workers.channel import ResultChannel
 from workers.connection import open_redis
 from workers.endpoints import Endpoints
 from workers.local import LocalStack
@@ -156,3 +157,94 @@ async def test_hits_of_jobs_are_counted(
         while await number(database, "SELECT hits FROM answers") != 2:
             await asyncio.sleep(0.02)
     assert (await answer_store.reuse_report("default")).hits_by_kind == {"exact": 2}
+
+
+class RecallingEngine(PlayedEngine):
+    """Keeps the answers it gives in memory, as the real one, and counts its runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+
+    async def generate(self, prompt: str, params: Any, request_id: str) -> AsyncIterator[Any]:
+        """Yield an answer of its own for each run."""
+        from workers.engine.scope import ReportEntry, current_scope
+
+        self.runs += 1
+        scope = current_scope()
+        assert scope is not None
+        made = answer(f"Answer {self.runs}.", fingerprint=uuid4().bytes * 2)
+        self.memory.put(made)
+        async for output in super().generate(prompt, params, request_id):
+            metadata = {"provenance": "generated", "answer_id": str(made.id)}
+            scope.report.entries[:] = [
+                ReportEntry(request_id=request_id, metadata=metadata, answer=made, stored=False)
+            ]
+            yield output
+
+    def recall(self, namespace: str, fingerprint: bytes) -> Any:
+        """As the real one."""
+        return self.memory.get(namespace, fingerprint)
+
+    def recalled_metadata(self, given: Any) -> dict[str, Any]:
+        """As the real one, in short."""
+        return {"provenance": "exact", "cached": True, "source_answer_id": str(given.id)}
+
+
+async def test_repeats_need_no_run(
+    start: Callable[..., Any], database: Database, job_store: JobStore, stack: LocalStack
+) -> None:
+    """They are committed, published and counted as all others, until the answer is forgotten."""
+    engine = RecallingEngine()
+    pipeline = await start(engine)
+    await until(lambda: engine.listening)
+
+    async def run(*specs: Any) -> list[Any]:
+        ids = await admit(job_store, *specs)
+        message = JobMessage(ids=tuple(ids), namespace="default", sent_at=time.time())
+        await pipeline.run_message(message)
+        found = await job_store.results("default", ids)
+        return [found[job_id] for job_id in ids]
+
+    (first,) = await run(spec(model=MODEL))
+    again = await run(*(spec(model=MODEL, custom_id=f"row {n}", channel="c") for n in range(5)))
+    assert engine.runs == 1
+    assert {result.text for result in again} == {first.text} == {"Answer 1."}
+    assert [result.custom_id for result in again] == [f"row {n}" for n in range(5)]
+    assert {result.metadata["provenance"] for result in again} == {"exact"}
+    assert all(result.metadata["processing_time"]["total"] >= 0 for result in again)
+    assert all(result.metadata["tokens"] == first.metadata["tokens"] for result in again)
+    # What is read from the channel is what was stored, and it is noted that it is there.
+    redis = open_redis(stack.redis_url)
+    delivered = await ResultChannel(redis).read("default", "c")
+    await redis.aclose()
+    own = {result.job_id: result for result in again}
+    assert {d.result.job_id: d.result for d in delivered if d.result.job_id in own} == own
+    async with asyncio.timeout(60):
+        unpublished = "SELECT count(*) FROM jobs WHERE published_at IS NULL"
+        while await number(database, unpublished):
+            await asyncio.sleep(0.02)
+    assert await number(database, "SELECT count(*) FROM jobs WHERE answer_id IS NULL") == 0
+    # These ask for more than the answer, or for another one.
+    await run(spec(model=MODEL, stream=True), spec("What is ML?", model=MODEL))
+    assert engine.runs == 3
+    engine.forget(namespace="default")
+    (anew,) = await run(spec(model=MODEL))
+    assert (engine.runs, anew.text) == (4, "Answer 4.")
+
+
+async def test_a_repeat_that_others_hold_is_not_answered(
+    start: Callable[..., Any], job_store: JobStore
+) -> None:
+    """The fencing token counts for it as for any other."""
+    engine = RecallingEngine()
+    pipeline = await start(engine)
+    await until(lambda: engine.listening)
+    ids = await admit(job_store, spec(model=MODEL), spec(model=MODEL))
+    first, second = ids
+    await pipeline.run_message(JobMessage(ids=(first,), namespace="default", sent_at=time.time()))
+    await job_store.claim([second], owner="another", lease_s=300)
+    await pipeline.run_message(JobMessage(ids=(second,), namespace="default", sent_at=time.time()))
+    status = await job_store.status("default", second)
+    assert status is not None
+    assert (status.state, status.token) == ("running", 1)

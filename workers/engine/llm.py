@@ -37,6 +37,7 @@ from workers.engine.identity import engine_digest
 from workers.engine.notes import Reused
 from workers.engine.parts import Parts, complete, default_parts
 from workers.engine.plan import Planner, RequestPlan
+from workers.engine.protocols import StoredAnswer
 from workers.engine.race import Races
 from workers.engine.scope import RequestScope, current_scope
 from workers.engine.side_tasks import SideTasks
@@ -196,6 +197,36 @@ class EnhancedAsyncLLM(AsyncLLM):
                 *([self._races.breaker] if self._races is not None else []),
             ],
         )
+
+    def recall(self, namespace: str, fingerprint: bytes) -> StoredAnswer | None:
+        """Return an answer that the memory tier may give now; it counts as a request served.
+
+        For callers that know a request's fingerprint from an earlier one, and need no collector.
+
+        Args:
+            namespace: Tenant.
+            fingerprint: Of the request, as in `StoredAnswer.fingerprint`.
+        """
+        answer = self.memory.get(namespace, fingerprint)
+        if answer is not None:
+            self._stats.requests += 1
+            self._stats.hit("memory", Provenance.EXACT)
+        return answer
+
+    def recalled_metadata(self, answer: StoredAnswer) -> dict[str, Any]:
+        """Return the metadata of an output that gives a recalled answer.
+
+        Args:
+            answer: From `recall`.
+        """
+        delivery = RequestDelivery(
+            request_id="",
+            scope=RequestScope(namespace=answer.namespace),
+            wait_s=0.0,
+            disabled=self.enrichers.disabled,
+            reused=Reused(answer=answer, provenance=Provenance.EXACT, tier="memory"),
+        )
+        return delivery.metadata(final=True)
 
     def forget(
         self,

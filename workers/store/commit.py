@@ -12,9 +12,13 @@ from schema.errors import DatabaseUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
-    from typing import Self
+    from typing import Self, TypeAlias
+    from uuid import UUID
 
     from workers.store.records import Finished, Outcome
+
+    #: Outcomes that came together, and who waits to hear which of them stand.
+    _Waiting: TypeAlias = tuple[tuple[Outcome, ...], asyncio.Future[frozenset[UUID]]]
 
 
 class FinishesJobs(Protocol):
@@ -41,7 +45,7 @@ class GroupCommit:
         self._store = store
         self._max_group = max_group
         self._gather_s = gather_s
-        self._waiting: deque[tuple[Outcome, asyncio.Future[bool]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._closed = False
@@ -75,13 +79,28 @@ class GroupCommit:
                 to call again with the same outcome is safe.
             RuntimeError: `aclose` was called before.
         """
+        return bool(await self.finish_all([outcome]))
+
+    async def finish_all(self, outcomes: Sequence[Outcome]) -> frozenset[UUID]:
+        """Commit outcomes that came about together, in one transaction.
+
+        Args:
+            outcomes: One a job.
+
+        Returns:
+            The jobs whose outcome stands.
+
+        Raises:
+            DatabaseUnavailableError: As `finish`.
+            RuntimeError: `aclose` was called before.
+        """
         if self._closed:
             msg = "GroupCommit is closed"
             raise RuntimeError(msg)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write(), name="group-commit")
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiting.append((outcome, future))
+        future: asyncio.Future[frozenset[UUID]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((tuple(outcomes), future))
         self._wake.set()
         return await future
 
@@ -111,14 +130,22 @@ class GroupCommit:
             while self._waiting:
                 if self._gather_s and len(self._waiting) < self._max_group and not self._closed:
                     await asyncio.sleep(self._gather_s)
-                size = min(len(self._waiting), self._max_group)
-                await self._commit([self._waiting.popleft() for _ in range(size)])
+                await self._commit(self._group())
             if self._closed:
                 return
 
-    async def _commit(self, group: list[tuple[Outcome, asyncio.Future[bool]]]) -> None:
+    def _group(self) -> list[_Waiting]:
+        """Take what waits, up to the bound; what came together stays together."""
+        group: list[_Waiting] = []
+        size = 0
+        while self._waiting and (not group or size + len(self._waiting[0][0]) <= self._max_group):
+            group.append(self._waiting.popleft())
+            size += len(group[-1][0])
+        return group
+
+    async def _commit(self, group: list[_Waiting]) -> None:
         try:
-            finished = await self._store.finish([outcome for outcome, _ in group])
+            finished = await self._store.finish([one for outcomes, _ in group for one in outcomes])
         except asyncio.CancelledError:
             for _, future in group:
                 future.cancel()
@@ -133,12 +160,13 @@ class GroupCommit:
             for member in group:
                 await self._commit([member])
         else:
-            for outcome, future in group:
+            for outcomes, future in group:
                 if not future.done():
-                    future.set_result(outcome.job_id in finished.accepted)
+                    ids = frozenset(outcome.job_id for outcome in outcomes)
+                    future.set_result(ids & finished.accepted)
 
 
-def _fail(group: list[tuple[Outcome, asyncio.Future[bool]]], error: Exception) -> None:
+def _fail(group: list[_Waiting], error: Exception) -> None:
     for _, future in group:
         if not future.done():
             future.set_exception(error)

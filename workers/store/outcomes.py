@@ -159,7 +159,7 @@ def _columns(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "ids": [outcome.job_id for outcome in outcomes],
         "tokens": [outcome.token for outcome in outcomes],
         "states": [outcome.result.status.value for outcome in outcomes],
-        "results": [stored_json.dump_model(outcome.result) for outcome in outcomes],
+        "results": [stored_json.dump_text(outcome.result.json_text) for outcome in outcomes],
         "errors": [
             None if outcome.result.error is None else stored_json.dump_model(outcome.result.error)
             for outcome in outcomes

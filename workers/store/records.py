@@ -129,6 +129,7 @@ class Outcome:
     answer: StoredAnswer | None = None  # to be stored in the same transaction
     provenance: Provenance | None = None
     answer_id: UUID | None = None  # the stored answer that was given or made
+    fingerprint: bytes | None = None  # of the answer, when a repeat of the request is given it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

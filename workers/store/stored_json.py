@@ -53,6 +53,18 @@ def dump_model(model: BaseModel) -> str:
         text = model.model_dump_json()
     except ValueError:  # half a surrogate pair
         return _pack(json.dumps(model.model_dump(mode="json")))
+    return dump_text(text)
+
+
+def dump_text(text: str) -> str:
+    """Write JSON that is text already as text that a jsonb column takes.
+
+    Args:
+        text: JSON.
+
+    Returns:
+        The same, packed where it has to be.
+    """
     return text if _is_plain(text) else _pack(text)
 
 
