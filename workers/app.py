@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Recovery does not need redelivery; this only clears what dead workers left in Redis.
 _VISIBILITY_TIMEOUT_S = 6 * 3600
+#: Messages that a worker may hold where the engine decides how many jobs run.
+_MESSAGES = 1024
 
 
 def make_app(settings: Settings, redis_url: str, model: str) -> Celery:
@@ -51,7 +53,7 @@ def make_app(settings: Settings, redis_url: str, model: str) -> Celery:
         **broker,
         worker_pool="workers.pool:TaskPool",
         # Messages in flight; each carries one job or many, and the slots bound the jobs.
-        worker_concurrency=settings.max_running,
+        worker_concurrency=settings.max_running or _MESSAGES,
         worker_disable_prefetch=True,
         worker_prefetch_multiplier=1,
         worker_pool_drain_timeout_s=settings.drain_s,

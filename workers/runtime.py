@@ -46,6 +46,8 @@ _ANNOUNCE_S = 2.0
 #: Seconds a finished answer waits for its analysis. Whoever submits a job has gone away, and an
 #: answer without its analysis is worth less to him than this.
 _ENRICHMENT_WAIT_S = 1.0
+#: Engine slots over an engine that is not vLLM's.
+_SLOTS = 128
 
 
 #: Starts an engine and what calls it with OpenAI bodies; their ends go on the stack.
@@ -113,7 +115,7 @@ async def worker_runtime(
             publisher=publisher,
             channel=channel,
             leases=leases,
-            slots=Slots(settings.max_running),
+            slots=Slots(settings.max_running or _slots_of(llm)),
             hits=hits,
             recall=Recall(llm),
         )
@@ -130,6 +132,12 @@ async def worker_runtime(
         gc.collect()
         gc.freeze()
         yield pipeline
+
+
+def _slots_of(llm: Any) -> int:
+    """Return how many requests an engine runs at once; more would only wait inside it."""
+    config = getattr(llm, "vllm_config", None)
+    return _SLOTS if config is None else int(config.scheduler_config.max_num_seqs)
 
 
 async def _engine(

@@ -99,8 +99,12 @@ class Settings(BaseSettings):
     message_jobs: int = Field(
         default=64, ge=1, le=4096, description="Most jobs that one queue message carries."
     )
-    max_running: int = Field(
-        default=64, ge=1, le=65536, description="Engine slots: jobs that one worker runs at once."
+    max_running: int | None = Field(
+        default=None,
+        ge=1,
+        le=65536,
+        description="Engine slots: jobs that one worker runs at once. "
+        "Default: as many as the engine does, which is vLLM's max_num_seqs.",
     )
     queue_limit: int = Field(
         default=1_000_000,

@@ -22,5 +22,6 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark(name="engine", about="the enhanced engine beside plain AsyncLLM"),
     Benchmark(name="cached_jobs", about="jobs from the cache, through the whole queue"),
+    Benchmark(name="sizes", about="cost against rows and against stored answers (a stand-in)"),
     Benchmark(name="against_run_batch", about="batch files beside vLLM's own run_batch"),
 )

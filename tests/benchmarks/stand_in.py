@@ -154,10 +154,49 @@ def _output(request_id: str, prompt: str, answer: StoredAnswer) -> Any:
     )
 
 
+class StandInHandlers:
+    """As much of vLLM's OpenAI handlers as chat rows need, over the stand-in.
+
+    Args:
+        engine: The stand-in.
+    """
+
+    def __init__(self, engine: StandIn) -> None:
+        self._engine = engine
+
+    async def answer(self, _url: str, body: dict[str, Any], **_: Any) -> Any:
+        """Answer the last turn of a chat."""
+        from workers.handlers import HandlerAnswer
+
+        asked, request_id = body["messages"][-1]["content"], body["request_id"]
+        text = ""
+        async for output in self._engine.generate(asked, None, request_id):
+            text = output.outputs[0].text
+        usage = {"prompt_tokens": len(asked) // 4, "completion_tokens": _WORDS}
+        return HandlerAnswer(
+            status_code=200,
+            body={
+                "id": f"chatcmpl-{request_id}",
+                "object": "chat.completion",
+                "created": int(time.time()),
+                "model": MODEL,
+                "choices": [
+                    {
+                        "index": 0,
+                        "message": {"role": "assistant", "content": text},
+                        "finish_reason": "stop",
+                    }
+                ],
+                "usage": {**usage, "total_tokens": sum(usage.values())},
+            },
+        )
+
+
 async def _start(
     _settings: Settings, _model: ServedModel, answers: PostgresAnswers, _stack: AsyncExitStack
 ) -> tuple[Any, Any]:
-    return StandIn(answers), None
+    engine = StandIn(answers)
+    return engine, StandInHandlers(engine)
 
 
 def main() -> int:

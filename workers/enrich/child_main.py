@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Model = Callable[[Sequence[str]], Iterator[bytes]]
 
 _PR_SET_PDEATHSIG = 1
+_NICE = 5
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     kind, descriptor, config = arguments
     values = json.loads(config)
     _die_with_parent(values.pop("parent_pid"))
+    # On a processor they share the cores with generation, which somebody waits for.
+    os.nice(_NICE)
     with socket.socket(fileno=int(descriptor)) as connection, connection.makefile("rwb") as stream:
         try:
             model = _load(kind, values)
