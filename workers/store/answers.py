@@ -14,6 +14,7 @@ from workers.store.answer_json import answer_from
 from workers.store.answer_writes import put_answers
 from workers.store.eviction import Eviction
 from workers.store.flight_marks import FlightMarks
+from workers.store.gathering import Gathering
 from workers.store.neighbours import Sizes, nearest
 from workers.store.reuse_labels import ReuseLabels
 
@@ -28,14 +29,17 @@ if TYPE_CHECKING:
 
 _BY_FINGERPRINT = text(
     """
-    SELECT answers.id, answers.namespace, fingerprint, engine, model, kind, scope, prompt,
+    SELECT answers.id, answers.namespace, answers.fingerprint, engine, model, kind, scope, prompt,
            outputs, prompt_tokens, completion_tokens, engine_s, tags,
            CAST(extract(epoch FROM answers.created_at) AS double precision) AS created_at,
            CAST(extract(epoch FROM expires_at) AS double precision) AS expires_at,
            nlp_results.result AS analysis
-    FROM answers LEFT JOIN nlp_results ON nlp_results.id = nlp_result_id
-    WHERE answers.namespace = :namespace AND fingerprint = :fingerprint
-      AND tombstoned_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+    FROM unnest(CAST(:namespaces AS text[]), CAST(:fingerprints AS bytea[]))
+         AS wanted (namespace, fingerprint)
+         JOIN answers ON answers.namespace = wanted.namespace
+                     AND answers.fingerprint = wanted.fingerprint
+         LEFT JOIN nlp_results ON nlp_results.id = nlp_result_id
+    WHERE tombstoned_at IS NULL AND (expires_at IS NULL OR expires_at > now())
     """
 )
 
@@ -165,6 +169,7 @@ class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
     def __init__(self, database: Database) -> None:
         super().__init__(database)
         self._sizes = Sizes()
+        self._look_ups = Gathering(self._look_up, name="promptmill-look-ups")
 
     async def get(self, namespace: str, fingerprint: bytes) -> StoredAnswer | None:
         """Return the live answer to a request, with its analysis.
@@ -179,9 +184,7 @@ class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.
         """
-        return await self._one(
-            _BY_FINGERPRINT, {"namespace": namespace, "fingerprint": fingerprint}
-        )
+        return await self._look_ups.get((namespace, fingerprint))
 
     async def by_id(self, namespace: str, answer_id: UUID) -> StoredAnswer | None:
         """Return a live answer, with its analysis.
@@ -400,6 +403,15 @@ class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
         if await self._flight_lands(namespace, fingerprint, timeout_s):
             return await self.get(namespace, fingerprint)
         return None
+
+    async def _look_up(
+        self, keys: Sequence[tuple[str, bytes]]
+    ) -> dict[tuple[str, bytes], StoredAnswer]:
+        namespaces, fingerprints = zip(*keys, strict=True)
+        values = {"namespaces": list(namespaces), "fingerprints": list(fingerprints)}
+        async with self._database.connection() as connection:
+            rows = (await connection.execute(_BY_FINGERPRINT, values)).mappings().all()
+        return {(row["namespace"], row["fingerprint"]): answer_from(row) for row in rows}
 
     async def _one(self, statement: TextClause, values: dict[str, object]) -> StoredAnswer | None:
         async with self._database.connection() as connection:

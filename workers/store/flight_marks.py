@@ -4,31 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import text
 
+from workers.store.gathering import Gathering
 from workers.store.part import StorePart
 
 if TYPE_CHECKING:
     from sqlalchemy import RowMapping
 
+    from workers.store.database import Database
+
+#: Namespace, fingerprint, owner and seconds to live.
+_Mark: TypeAlias = tuple[str, bytes, str, float]
+
 # Two that come at once meet at the key: the second waits for the first, and finds its mark.
 _MARK = text(
     """
     INSERT INTO flight_markers (namespace, fingerprint, owner, until)
-    VALUES (:namespace, :fingerprint, :owner, now() + make_interval(secs => :ttl_s))
+    SELECT namespace, fingerprint, owner, now() + make_interval(secs => ttl_s)
+    FROM unnest(CAST(:namespaces AS text[]), CAST(:fingerprints AS bytea[]),
+                CAST(:owners AS text[]), CAST(:ttls_s AS double precision[]))
+         AS mark (namespace, fingerprint, owner, ttl_s)
+    ORDER BY namespace, fingerprint
     ON CONFLICT (namespace, fingerprint)
     DO UPDATE SET owner = excluded.owner, until = excluded.until
     WHERE flight_markers.until < now() OR flight_markers.owner = excluded.owner
-    RETURNING owner
+    RETURNING namespace, fingerprint, owner
     """
 )
 
 _UNMARK = text(
     """
-    DELETE FROM flight_markers
-    WHERE namespace = :namespace AND fingerprint = :fingerprint AND owner = :owner
+    WITH gone AS (
+        SELECT flight_markers.namespace, flight_markers.fingerprint
+        FROM unnest(CAST(:namespaces AS text[]), CAST(:fingerprints AS bytea[]),
+                    CAST(:owners AS text[])) AS mark (namespace, fingerprint, owner)
+             JOIN flight_markers USING (namespace, fingerprint, owner)
+        ORDER BY flight_markers.namespace, flight_markers.fingerprint
+        FOR UPDATE OF flight_markers
+    )
+    DELETE FROM flight_markers USING gone
+    WHERE flight_markers.namespace = gone.namespace
+      AND flight_markers.fingerprint = gone.fingerprint
     """
 )
 
@@ -65,7 +85,16 @@ _MOST_BETWEEN_S = 0.5
 
 
 class FlightMarks(StorePart):
-    """Marks in Postgres, one a request, that end by themselves if their owner dies."""
+    """Marks in Postgres, one a request, that end by themselves if their owner dies.
+
+    Args:
+        database: Where they live.
+    """
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self._marks = Gathering(self._mark, name="promptmill-marks")
+        self._unmarks = Gathering(self._unmark, name="promptmill-unmarks")
 
     async def mark_flight(
         self, namespace: str, fingerprint: bytes, owner: str, ttl_s: float
@@ -84,9 +113,7 @@ class FlightMarks(StorePart):
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.
         """
-        values = {**_key(namespace, fingerprint), "owner": owner, "ttl_s": ttl_s}
-        async with self._database.connection() as connection:
-            return await connection.scalar(_MARK, values) is not None
+        return bool(await self._marks.get((namespace, fingerprint, owner, ttl_s)))
 
     async def unmark_flight(self, namespace: str, fingerprint: bytes, owner: str) -> None:
         """Take the caller's own mark away, after the answer was stored or when there is none.
@@ -99,9 +126,7 @@ class FlightMarks(StorePart):
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.
         """
-        values = {**_key(namespace, fingerprint), "owner": owner}
-        async with self._database.connection() as connection:
-            await connection.execute(_UNMARK, values)
+        await self._unmarks.get((namespace, fingerprint, owner))
 
     async def purge_flights(self, *, limit: int = 2_000) -> int:
         """Remove marks whose owners died.
@@ -117,6 +142,34 @@ class FlightMarks(StorePart):
         """
         async with self._database.connection() as connection:
             return (await connection.execute(_PURGE, {"limit": limit})).rowcount
+
+    async def _mark(self, marks: Sequence[_Mark]) -> dict[_Mark, bool]:
+        # A statement can touch a row once: of several owners that ask at once the first gets it.
+        first: dict[tuple[str, bytes], _Mark] = {}
+        for mark in marks:
+            first.setdefault(mark[:2], mark)
+        namespaces, fingerprints, owners, ttls_s = zip(*first.values(), strict=True)
+        values = {
+            "namespaces": list(namespaces),
+            "fingerprints": list(fingerprints),
+            "owners": list(owners),
+            "ttls_s": list(ttls_s),
+        }
+        async with self._database.connection() as connection:
+            rows = (await connection.execute(_MARK, values)).all()
+        marked = {(row.namespace, row.fingerprint): row.owner for row in rows}
+        return {mark: marked.get(mark[:2]) == mark[2] for mark in marks}
+
+    async def _unmark(self, marks: Sequence[tuple[str, bytes, str]]) -> dict[Any, Any]:
+        namespaces, fingerprints, owners = zip(*marks, strict=True)
+        values = {
+            "namespaces": list(namespaces),
+            "fingerprints": list(fingerprints),
+            "owners": list(owners),
+        }
+        async with self._database.connection() as connection:
+            await connection.execute(_UNMARK, values)
+        return {}
 
     async def _flight_lands(self, namespace: str, fingerprint: bytes, timeout_s: float) -> bool:
         """Wait until an answer is stored (True), or nobody works at it or the time is over."""
