@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -124,14 +124,24 @@ def _of_stores(runs: Sequence[StoreRun]) -> list[Figure]:
     ]
 
 
-async def _measure(files: Sequence[int], stored: Sequence[int]) -> Sizes:
+async def _measure(
+    files: Sequence[int],
+    stored: Sequence[int],
+    *,
+    so_far: Callable[[Sizes], None] = lambda _: None,
+) -> Sizes:
+    """Measure both; `so_far` is told after each size, for the longest file takes its time."""
+    found = Sizes(files=[], stores=[])
     with tempfile.TemporaryDirectory(prefix="promptmill-rows-") as name:
         folder = Path(name)
         async with deployed(stand_in=True) as system:
-            runs = [await _file(system, folder, rows) for rows in files]
+            async for run in _stores(system, folder, stored):
+                found.stores.append(run)
         async with deployed(stand_in=True) as system:
-            stores = [run async for run in _stores(system, folder, stored)]
-    return Sizes(files=runs, stores=stores)
+            for rows in files:
+                found.files.append(await _file(system, folder, rows))
+                so_far(found)
+    return found
 
 
 async def _file(system: Deployed, folder: Path, rows: int) -> FileRun:
@@ -285,11 +295,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     files = _QUICK_FILES if options.quick else FILES
     files = tuple(rows for rows in files if rows <= options.most_rows)
+
+    def so_far(found: Sizes) -> None:
+        if options.docs is not None:
+            write_report(options.docs, found)
+
     with words_on_stderr():
-        found = asyncio.run(_measure(files, _QUICK_STORED if options.quick else STORED))
+        stored = _QUICK_STORED if options.quick else STORED
+        found = asyncio.run(_measure(files, stored, so_far=so_far))
     listed = [*_of_files(found.files), *_of_stores(found.stores)]
-    if options.docs is not None:
-        write_report(options.docs, found)
     if options.json:
         print(json.dumps({figure.name: figure.value for figure in listed}))
         return
