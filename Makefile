@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 # GB. vLLM's default on the CPU is half of the memory, which the servers need too.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo test check soak bench clean
+.PHONY: help setup demo test check docs soak bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -37,6 +37,9 @@ check: $(STAMP)  ## style and types
 test: check  ## every check: style, types, unit, integration, acceptance
 	@$(PYTHON) -m pytest
 
+docs: $(STAMP)  ## build the documentation into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
 # Faults for so long; PROMPTMILL_FAULT_SEED repeats a run.
 MINUTES ?= 30
 
@@ -47,5 +50,5 @@ bench: $(STAMP)  ## measure, print a table, write benchmarks.json
 	@$(PYTHON) -m tests.benchmarks
 
 clean:  ## remove the environment and what the tools left
-	rm -rf .venv .setup .mypy_cache .ruff_cache .hypothesis dist build benchmarks.json
+	rm -rf .venv .setup .mypy_cache .ruff_cache .hypothesis dist build site benchmarks.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -150,7 +151,8 @@ def _settings_environment(settings: Settings) -> dict[str, str]:
     for name, value in values.items():
         plain = value.get_secret_value() if hasattr(value, "get_secret_value") else value
         # An empty variable is one that is not set, whatever this process' own was.
-        environment[f"PROMPTMILL_{name.upper()}"] = "" if plain is None else str(plain)
+        text = "" if plain is None else json.dumps(plain) if isinstance(plain, dict) else str(plain)
+        environment[f"PROMPTMILL_{name.upper()}"] = text
     return environment
 
 

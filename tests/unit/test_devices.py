@@ -316,7 +316,8 @@ def test_what_a_child_is_started_with(tmp_path: Path, monkeypatch: pytest.Monkey
         }
     )
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
-    fleet = Fleet(load_settings(lease_s=7.0), plan(file=file))
+    weights = {"a": 3.0}
+    fleet = Fleet(load_settings(lease_s=7.0, namespace_weights=weights), plan(file=file))
     pair, single, *cpus = _started_with(fleet, tmp_path)
     assert pair["environ"]["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert pair["environ"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
@@ -334,6 +335,7 @@ def test_what_a_child_is_started_with(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(bound) == ["0", "1"]
     for child in (pair, single, *cpus):
         assert child["environ"]["PROMPTMILL_LEASE_S"] == "7.0"
+        assert json.loads(child["environ"]["PROMPTMILL_NAMESPACE_WEIGHTS"]) == weights
 
 
 def _fleet_of(child: str, monkeypatch: pytest.MonkeyPatch, events: list[str]) -> Fleet:
@@ -376,3 +378,19 @@ def test_one_that_dies_again_and_again_later_is_given_up_with_its_last_words(
 def test_a_post_without_a_model_has_the_settings():
     settings = load_settings(model="m")
     assert Post(device=Device()).settings(settings) is settings
+
+
+def test_the_script_that_shows_pinning_finds_who_strays(capsys: pytest.CaptureFixture[str]):
+    from tools import prove_pinning
+
+    families = {"gpu0": {10, 11}, "gpu1": {20}}
+    wanted = {"gpu0": {"A"}, "gpu1": {"B"}}
+    assert prove_pinning.faults(wanted, families, {11: {"A"}, 20: {"B"}, 99: {"A", "B"}}) == []
+    strays = prove_pinning.faults(wanted, families, {11: {"A", "B"}, 20: set()})
+    assert strays == [
+        "gpu0 holds memory on B, not its own",
+        "gpu1 holds none on B, which is its own",
+    ]
+    if gpus() is None:
+        assert prove_pinning.main(["--gpus", "0"]) == 2
+        assert "no NVIDIA card" in capsys.readouterr().err

@@ -1,0 +1,259 @@
+"""Upgrading without downtime: older code on the tables of today's, beside today's code.
+
+The older code is real: it is taken out of git, as it was when the revision before was the newest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from alembic.script import ScriptDirectory
+
+from tests.acceptance.faults.scripted_worker import MODEL, scripted_answer
+from workers import AsyncJobClient, load_settings
+from workers.local import LocalStack
+from workers.store import schema_upgrade
+
+ROOT = Path(__file__).parents[2]
+JOBS = 60
+_SUBMIT = """
+import sys
+from workers import JobClient
+with JobClient.from_settings() as client:
+    jobs = client.submit_many([f"{sys.argv[1]} {n}" for n in range(int(sys.argv[2]))])
+    print("\\n".join(str(job.id) for job in jobs))
+"""
+_UPGRADE = """
+import sys
+from workers.store import schema_upgrade
+schema_upgrade.upgrade(sys.argv[1])
+print(schema_upgrade.head())
+"""
+_OWNERS = """
+CREATE TABLE owners (name text PRIMARY KEY);
+CREATE FUNCTION note_owner() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    INSERT INTO owners VALUES (NEW.lease_owner) ON CONFLICT DO NOTHING; RETURN NULL;
+END $$;
+CREATE TRIGGER note_owner AFTER UPDATE ON jobs FOR EACH ROW
+    WHEN (NEW.lease_owner IS NOT NULL) EXECUTE FUNCTION note_owner();
+"""
+
+
+def history() -> list[str]:
+    """Revisions, oldest first."""
+    scripts = ScriptDirectory(str(ROOT / "migrations"))
+    return [script.revision for script in scripts.walk_revisions()][::-1]
+
+
+def git(*words: str) -> bytes:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, check=False)
+    return done.stdout if done.returncode == 0 else b""
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last tree whose newest revision is not today's, and is one of today's history."""
+    versions = "migrations/versions"
+    today = sorted(path.name for path in (ROOT / versions).glob("0*.py"))
+    archive = b""
+    for commit in git("log", "--format=%H", "--", versions).decode().split():
+        listed = git("ls-tree", "--name-only", commit, f"{versions}/").decode().split()
+        then = sorted(path.name for path in map(Path, listed) if path.name.startswith("0"))
+        if then and len(then) < len(today) and then == today[: len(then)]:
+            archive = git("archive", commit)
+            break
+    if not archive:
+        pytest.skip("the history that holds the code of the revision before is not here")
+    folder = tmp_path_factory.mktemp("older")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tree:
+        tree.extractall(folder, filter="data")
+    return folder
+
+
+class Tree:
+    """One revision of the code, used as a deployment of it would be.
+
+    Args:
+        root: Where it is.
+        environment: What its processes read their settings from.
+    """
+
+    def __init__(self, root: Path, environment: dict[str, str]) -> None:
+        self._root = root
+        self._environment = {**os.environ, **environment, "PYTHONPATH": str(root)}
+
+    async def python(self, code: str, *words: str) -> list[str]:
+        """Run a program; return its lines."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, *words,
+            cwd=self._root, env=self._environment,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        async with asyncio.timeout(120):
+            said, errors = await process.communicate()
+        assert process.returncode == 0, errors.decode()
+        return said.decode().split()
+
+    @staticmethod
+    def _said(log: Path) -> str:
+        return log.read_text()[-3000:]
+
+    @asynccontextmanager
+    async def worker(self, log: Path) -> AsyncIterator[Callable[[], Awaitable[str]]]:
+        """Import what a worker with a scripted engine needs.
+
+        Yields:
+            What starts it and returns its process' number.
+        """
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.acceptance.faults.scripted_worker", str(log),
+            cwd=self._root, env=self._environment,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        async def start() -> str:
+            async with asyncio.timeout(240):
+                assert (await stdout.readline()).startswith(b"imported"), self._said(log)
+                stdin.write(b"start\n")
+                word, pid = (await stdout.readline()).decode().split()[:2]
+            assert word == "ready", self._said(log)
+            return pid
+
+        try:
+            yield start
+        finally:
+            stdin.close()  # its workers are killed with it
+            await process.wait()
+
+
+@pytest.fixture
+def environment(stack: LocalStack, empty_database_url: str) -> dict[str, str]:
+    return {
+        "PROMPTMILL_DATABASE_URL": empty_database_url,
+        "PROMPTMILL_REDIS_URL": f"{stack.redis_url}?db=7",
+        "PROMPTMILL_SERVED_MODEL_NAME": MODEL,
+    }
+
+
+@pytest.mark.timeout(600)
+async def test_old_and_new_workers_share_queue_and_tables(
+    older: Path,
+    environment: dict[str, str],
+    empty_database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    old, new = Tree(older, environment), Tree(ROOT, environment)
+    (before,) = await old.python(_UPGRADE, empty_database_url)
+    assert before in history()[:-1]
+    with psycopg.connect(empty_database_url, autocommit=True) as connection:
+        connection.execute(_OWNERS)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    async with (
+        old.worker(tmp_path / "old.log") as start_old,
+        new.worker(tmp_path / "new.log") as start_new,
+    ):
+        old_pid = await start_old()
+        # The tables change under a worker that has work, and under its producers.
+        early = await old.python(_SUBMIT, "early", str(JOBS))
+        await asyncio.to_thread(schema_upgrade.upgrade, empty_database_url)
+        between = await old.python(_SUBMIT, "between", str(JOBS))
+        new_pid = await start_new()
+        async with AsyncJobClient(load_settings()) as client:
+            for kind, ids in (("early", early), ("between", between)):
+                await _all_answered(client, kind, ids)
+            # Jobs of old and of new producers, until either worker has had its share.
+            until = time.monotonic() + 120
+            rounds = 0
+            while not all(_has_worked(empty_database_url, pid) for pid in (old_pid, new_pid)):
+                assert time.monotonic() < until
+                rounds += 1
+                mixed = await asyncio.gather(
+                    old.python(_SUBMIT, f"old {rounds}", str(JOBS)),
+                    new.python(_SUBMIT, f"new {rounds}", str(JOBS)),
+                )
+                for kind, ids in zip(("old", "new"), mixed, strict=True):
+                    await _all_answered(client, f"{kind} {rounds}", ids)
+
+
+async def _all_answered(client: AsyncJobClient, kind: str, ids: list[str]) -> None:
+    assert len(ids) == JOBS
+    for number, job in enumerate(ids):
+        result = await client.result(job, 120)
+        assert result.status == "done", result.error
+        assert result.text == scripted_answer(f"{kind} {number}")
+
+
+def _has_worked(url: str, pid: str) -> bool:
+    with psycopg.connect(url) as connection:
+        names = connection.execute("SELECT name FROM owners").fetchall()
+    return any(name.endswith(f":{pid}") for (name,) in names)
+
+
+_SHAPE = """
+    SELECT c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod),
+           a.attnotnull AND d.oid IS NULL AND a.attgenerated = '' AND a.attidentity = ''
+    FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+         LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+    WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v')
+      AND a.attnum > 0 AND NOT a.attisdropped AND c.relname <> 'alembic_version'
+"""
+_CHECKS = """
+    SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint
+    WHERE connamespace = 'public'::regnamespace AND contype IN ('c', 'u', 'f', 'p')
+"""
+_UNIQUE = """
+    SELECT c.relname, pg_get_indexdef(c.oid) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+    WHERE i.indisunique AND c.relnamespace = 'public'::regnamespace
+"""
+
+
+@pytest.fixture
+def walked(empty_database_url: str) -> Iterator[list[tuple[str, dict[str, dict]]]]:
+    """The shape of the tables after each revision."""
+    found = []
+    for revision in history():
+        schema_upgrade.upgrade(empty_database_url, revision=revision)
+        with psycopg.connect(empty_database_url) as connection:
+            shape = {
+                name: {row[0]: row[1:] for row in connection.execute(query).fetchall()}
+                for name, query in (("columns", _SHAPE), ("rules", _CHECKS), ("unique", _UNIQUE))
+            }
+        found.append((revision, shape))
+    return found
+
+
+def test_every_migration_expands(walked: list[tuple[str, dict[str, dict]]]):
+    """What a revision's code names stays, and what it writes is still accepted, in the next one."""
+    assert len(walked) > 1
+    for (_, before), (revision, after) in itertools.pairwise(walked):
+        tables = {column.partition(".")[0] for column in before["columns"]}
+        for column, (kind, _needed) in before["columns"].items():
+            assert column in after["columns"], f"{revision} removes {column}: that is to contract"
+            assert after["columns"][column][0] == kind, f"{revision} changes the type of {column}"
+        for column, (_kind, needed) in after["columns"].items():
+            known = column in before["columns"]
+            if column.partition(".")[0] in tables and not (known and before["columns"][column][1]):
+                assert not needed, f"{revision} asks older code to write {column}"
+        for kind in ("rules", "unique"):
+            for name, rule in after[kind].items():
+                new = before[kind].get(name) != rule
+                on_old = any(f" {table} " in f" {rule[0]} " for table in tables)
+                assert not (new and on_old and kind == "unique"), f"{revision}: {name} is stricter"
