@@ -153,7 +153,9 @@ class _Run:
             heed_cancellation()
             placed = [(line, self._places + at) for at, line in enumerate(self._wanted(stretch))]
             self._places += len(placed)
-            for line, place in sorted(placed, key=lambda item: beginning(item[0])):
+            if self._options.grouped:
+                placed.sort(key=lambda item: beginning(item[0]))
+            for line, place in placed:
                 if self._room.locked():
                     # What is in hand must be under way before waiting for room it would make.
                     await self._send(group)

@@ -59,7 +59,9 @@ async def submit_batch(
             if total == 0:
                 await open_batch(connection, namespace, batch_id, source)
             total += len(stretch)
-            for line in sorted(stretch, key=beginning):
+            if options.grouped:
+                stretch.sort(key=beginning)
+            for line in stretch:
                 built = line if isinstance(line, BadLine) else await builder.build(line)
                 if isinstance(built, BadLine):
                     refused += 1

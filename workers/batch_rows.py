@@ -30,6 +30,7 @@ class BatchOptions:
     max_tokens: int | None = None  # new limit for every row
     ordered: bool = False  # lines in the order of the input
     window: int = 4096  # rows under way at most
+    grouped: bool = True  # rows that begin alike run next to each other
     errors: str | None = None  # file for the rows that failed, which the output then leaves out
     schema: dict[str, Any] | None = None  # JSON schema that every generated answer must fit
     job: dict[str, Any] = field(default_factory=dict)  # further `SubmitOptions` of every row

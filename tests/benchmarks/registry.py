@@ -25,4 +25,10 @@ BENCHMARKS = (
     Benchmark(name="sizes", about="cost against rows and against stored answers (a stand-in)"),
     Benchmark(name="ceilings", about="what a job costs the servers that all workers share"),
     Benchmark(name="against_run_batch", about="batch files beside vLLM's own run_batch"),
+    Benchmark(
+        name="batch_memory",
+        about="memory of a batch run of a million rows",
+        most_s=3600.0,
+    ),
+    Benchmark(name="prefix_order", about="rows that begin alike next to each other, or as read"),
 )

@@ -66,6 +66,9 @@ def run(
         bool, typer.Option("--ordered", help="Keep the order of the input.")
     ] = False,
     window: Annotated[int, typer.Option(min=1, help="Rows under way at most.")] = 4096,
+    grouped: Annotated[
+        bool, typer.Option(help="Run rows that begin alike next to each other.")
+    ] = True,
     errors: Errors = None,
     schema: Schema = None,
     model: Model = None,
@@ -108,6 +111,7 @@ def run(
         max_tokens=max_tokens,
         ordered=ordered,
         window=window,
+        grouped=grouped,
         errors=errors,
         schema=_schema(schema),
         job=_job_options(reuse, priority),
