@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from workers.batch import BatchOptions, BatchProgress
     from workers.client import JobClient
 
+__all__ = ["map_frame"]
+
 Frame = TypeVar("Frame")
 
 _EMBEDDINGS = "/v1/embeddings"
