@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
-from schema.errors import JobNotFoundError
+from schema.errors import JobNotFoundError, PromptmillError, ServiceError
 from schema.jobs import JobState
-from schema.openai_batch import BadLine, error_line, output_line
+from schema.openai_batch import BadLine, BatchLine, error_line, output_line
 from workers.batch_input import BatchInput
 from workers.batch_order import STRETCH_ROWS, beginning, stretches
 from workers.batch_output import BatchOutput
@@ -49,37 +50,65 @@ async def submit_batch(
     connection = await client.connection()
     store = connection.store("submitting a batch to be collected later")
     namespace = options.namespace or client.settings.namespace
-    batch_id, total, refused = uuid4(), 0, 0
-    errors: list[dict[str, Any]] = []
-    group: list[JobSpec] = []
-    urls: set[str] = set()
-    builder = RowBuilder(client, options, batch_id, with_rows=True)
+    batch_id = uuid4()
     with BatchInput(source) as rows:
-        async for stretch in stretches(rows, most_rows=STRETCH_ROWS):
-            if total == 0:
-                await open_batch(connection, namespace, batch_id, source)
-            total += len(stretch)
-            if options.grouped:
-                stretch.sort(key=beginning)
-            for line in stretch:
-                built = line if isinstance(line, BadLine) else await builder.build(line)
-                if isinstance(built, BadLine):
-                    refused += 1
-                    if len(errors) < _MOST_ERRORS:
-                        errors.append(_kept(built))
-                    continue
-                urls.add(line.url)
-                group.append(built.spec)
-                if len(group) >= client.settings.message_jobs:
-                    await client.submit_specs(group, wait_s=float("inf"))
-                    group = []
-        await client.submit_specs(group, wait_s=float("inf"))
-    errors.sort(key=lambda error: int(error["line"]))
-    details: dict[str, Any] = {"errors": errors, "refused": refused}
-    if len(urls) == 1:
-        details["endpoint"] = urls.pop()
-    await store.update_batch(namespace, batch_id, total=total, details=details)
+        submission = _Submission(client, options, batch_id)
+        try:
+            async for stretch in stretches(rows, most_rows=STRETCH_ROWS):
+                if submission.total == 0:
+                    await open_batch(connection, namespace, batch_id, source)
+                await submission.add(stretch)
+            await submission.send()
+        except (PromptmillError, OSError):
+            if submission.total:
+                # Its rows so far run; nobody must take them for the whole file.
+                with suppress(ServiceError):
+                    await store.update_batch(namespace, batch_id, status="failed", over=True)
+            raise
+    await store.update_batch(
+        namespace, batch_id, total=submission.total, details=submission.details()
+    )
     return await describe(client, batch_id, namespace=namespace)
+
+
+class _Submission:
+    """What has been submitted of one batch."""
+
+    def __init__(self, client: AsyncJobClient, options: BatchOptions, batch_id: UUID) -> None:
+        self._client = client
+        self._options = options
+        self._builder = RowBuilder(client, options, batch_id, with_rows=True)
+        self._group: list[JobSpec] = []
+        self._urls: set[str] = set()
+        self._errors: list[dict[str, Any]] = []
+        self._refused = 0
+        self.total = 0
+
+    async def add(self, stretch: list[BatchLine | BadLine]) -> None:
+        self.total += len(stretch)
+        if self._options.grouped:
+            stretch.sort(key=beginning)
+        for line in stretch:
+            built = line if isinstance(line, BadLine) else await self._builder.build(line)
+            if isinstance(built, BadLine):
+                self._refused += 1
+                if len(self._errors) < _MOST_ERRORS:
+                    self._errors.append(_kept(built))
+                continue
+            self._urls.add(built.url)
+            self._group.append(built.spec)
+            if len(self._group) >= self._client.settings.message_jobs:
+                await self.send()
+
+    async def send(self) -> None:
+        group, self._group = self._group, []
+        await self._client.submit_specs(group, wait_s=float("inf"))
+
+    def details(self) -> dict[str, Any]:
+        """Return what is kept with the batch."""
+        errors = sorted(self._errors, key=lambda error: int(error["line"]))
+        endpoint = {"endpoint": next(iter(self._urls))} if len(self._urls) == 1 else {}
+        return {"errors": errors, "refused": self._refused, **endpoint}
 
 
 def _kept(bad: BadLine) -> dict[str, Any]:
@@ -154,6 +183,7 @@ def _object(batch: Batch, counts: dict[JobState, int]) -> dict[str, Any]:
         "created_at": created,
         "in_progress_at": created,
         "completed_at": finished if batch.status == "completed" else None,
+        "failed_at": finished if batch.status == "failed" else None,
         "cancelled_at": finished if batch.status == "cancelled" else None,
         "request_counts": _request_counts(batch, counts),
         "states": {state.value: count for state, count in counts.items()},
@@ -172,7 +202,7 @@ def _request_counts(batch: Batch, counts: dict[JobState, int]) -> dict[str, int]
 
 
 def is_over(described: dict[str, Any]) -> bool:
-    """Whether nothing of a batch is to come.
+    """Whether every row of a batch is over.
 
     Args:
         described: As `describe` gives it.
@@ -237,7 +267,7 @@ async def wait_until_over(
     namespace: str | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Wait until nothing of a batch is to come.
+    """Wait until every row of a batch is over, or it is known that this will never be.
 
     Args:
         client: With a database.
@@ -258,7 +288,7 @@ async def wait_until_over(
         described = await describe(client, batch_id, namespace=namespace)
         if on_progress is not None:
             on_progress(described)
-        if is_over(described):
+        if is_over(described) or described["failed_at"] is not None:
             return described
         await asyncio.sleep(_LOOK_S)
 

@@ -28,7 +28,7 @@ from workers import parquet
 from workers.batch_input import STANDARD, open_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Set
 
 _FLUSH_BYTES = 1 << 20
 Redo = Literal["failed", "truncated"]
@@ -38,7 +38,7 @@ Redo = Literal["failed", "truncated"]
 class Kept:
     """What an earlier run left behind."""
 
-    digests: frozenset[int]  # of the rows that are answered
+    digests: Set[int]  # of the rows that are answered
     answered: int
     failed: int  # of those answered, with an error
 
@@ -260,7 +260,7 @@ def _tidy(path: Path, file: BinaryIO, again: Callable[[dict[str, Any]], bool] | 
             place += len(line)
         writer.flush()
     file.truncate(place)
-    return Kept(digests=frozenset(digests), answered=len(digests), failed=failed)
+    return Kept(digests=digests, answered=len(digests), failed=failed)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

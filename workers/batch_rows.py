@@ -76,6 +76,7 @@ class BuiltRow:
     """The job of a row."""
 
     spec: JobSpec
+    url: str  # path of the endpoint
     shared: bytes | None  # what it asks, where an equal row may be given the same answer
 
 
@@ -133,7 +134,7 @@ class RowBuilder:
         shares = may_share(line.url, body, self._options.job.get("reuse"))
         try:
             spec = build_spec(None, options, self._defaults)
-            return BuiltRow(spec=spec, shared=digest if shares else None)
+            return BuiltRow(spec=spec, url=line.url, shared=digest if shares else None)
         except InvalidRequestError as exc:
             return BadLine(
                 number=line.number,

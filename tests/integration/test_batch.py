@@ -11,7 +11,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import zstandard
@@ -23,7 +23,7 @@ from schema.errors import InvalidFileError
 from schema.jobs import JobError, JobResult, JobState, Provenance
 from workers import AsyncJobClient, Settings
 from workers.batch import BatchOptions, BatchProgress, run_batch
-from workers.batch_jobs import describe
+from workers.batch_jobs import collect, describe, list_batches, submit_batch, wait_until_over
 from workers.cancellation import heed_cancellation
 from workers.channel import ResultChannel
 from workers.store.database import Database
@@ -33,7 +33,6 @@ from workers.store.schema_upgrade import upgrade
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from uuid import UUID
 
     from workers.local import LocalStack
 
@@ -529,6 +528,23 @@ async def test_an_archive_that_was_cut_short_is_not_passed_off_as_whole(
     source.write_bytes(packed[:4] + b"?" * 1000)
     with pytest.raises(InvalidFileError, match="broke off"):
         await run(client, str(source), tmp_path / "out")
+
+
+async def test_a_file_that_breaks_off_is_no_batch_that_completes(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
+):
+    plain = b"".join(json.dumps(row(uuid4().hex)).encode() + b"\n" for _ in range(3000))
+    (tmp_path / "in.gz").write_bytes(gzip.compress(plain)[:-2000])
+    with pytest.raises(InvalidFileError, match="broke off"):
+        await submit_batch(client, str(tmp_path / "in.gz"))
+    (batch,) = await list_batches(client)
+    assert batch["status"] == "failed"
+    assert batch["failed_at"] is not None
+    batch_id = UUID(batch["id"])
+    assert (await wait_until_over(client, batch_id))["status"] == "failed"
+    await collect(client, batch_id, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").exists()
 
 
 async def test_two_runs_do_not_share_an_output(

@@ -246,7 +246,9 @@ def results(
         counts = found["request_counts"]
         over = counts["completed"] + counts["failed"]
         so_far = "" if output == "-" else f"; what there is stands in {output}.partial"
-        say(f"the batch is {found['status']}: {over} of {counts['total']} rows are over{so_far}")
+        why = " (its file broke off)" if found["failed_at"] is not None else ""
+        rows = f"{over} of {counts['total']} rows are over"
+        say(f"the batch is {found['status']}{why}: {rows}{so_far}")
         raise typer.Exit(FAILED)
 
 

