@@ -14,7 +14,7 @@ from workers.batch import BatchOptions, run_batch
 from workers.local import LocalStack
 from workers.store.schema_upgrade import upgrade
 
-ROWS = 6_000
+ROWS = 3_000
 
 
 async def test_memory_does_not_grow_with_the_file(stack: LocalStack, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from workers.store.schema_upgrade import upgrade
 
 MB = 2**20
 ROWS, QUICK_ROWS = 1_000_000, 20_000
-_WARM_ROWS = 2_000
+_WARM_ROWS = 1_000
 _LOOK_S = 0.2
 
 
