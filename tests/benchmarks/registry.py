@@ -23,6 +23,7 @@ BENCHMARKS = (
     Benchmark(name="engine", about="the enhanced engine beside plain AsyncLLM"),
     Benchmark(name="cached_jobs", about="jobs from the cache, through the whole queue"),
     Benchmark(name="sizes", about="cost against rows and against stored answers (a stand-in)"),
+    Benchmark(name="start_up", about="`up` until it is ready, beside vLLM's own start"),
     Benchmark(name="ceilings", about="what a job costs the servers that all workers share"),
     Benchmark(name="against_run_batch", about="batch files beside vLLM's own run_batch"),
     Benchmark(
