@@ -7,6 +7,7 @@ reason; a test elsewhere parses it.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -49,11 +50,22 @@ NOT_RUN = {
 #: What a program holds that is not run, and why.
 NOT_RUN_PROGRAMS = {
     "EnhancedAsyncLLM(": "starts an engine of its own; tests/engine/test_llm_example.py runs it",
-    "import pandas": "tests of frames run it, where pandas is installed",
-    "import pyarrow": "the same",
 }
 #: An id that pages show stands for that of a job there is.
 _SHOWN_ID = "6f9619ff-8b86-4d01-b42d-00cf4fc964ff"
+#: In place of the files that pages speak of. It ends with its first word, so it is not cut short.
+_ROW = json.dumps(
+    {
+        "custom_id": "row",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {
+            "messages": [{"role": "user", "content": "Is the sky blue?"}],
+            "max_completion_tokens": 40,
+            "stop": [" "],
+        },
+    }
+)
 _MOST_S = 240.0
 
 
@@ -115,8 +127,13 @@ class Reader:
         if not words or line.startswith(tuple(NOT_RUN)):
             return
         assert words[0] == "promptmill", line
-        words = [self.job() if word == _SHOWN_ID else word for word in words]
+        of = self.batch if words[1] == "batch" else self.job
+        words = [of() if word == _SHOWN_ID else word for word in words]
         self.run([sys.executable, "-m", "workers.cli", *words[1:]])
+
+    def batch(self) -> str:
+        words = [sys.executable, "-m", "workers.cli", "batch", "list", "--json"]
+        return str(json.loads(self.run(words))[0]["id"])
 
     def job(self) -> str:
         command = "submit x --max-tokens 1 --completion"
@@ -131,9 +148,9 @@ def test_a_page_does_what_it_says(page: Path, deployment: Deployment, tmp_path: 
         "PROMPTMILL_NAMESPACE": f"docs-{uuid4().hex[:12]}",
         "PYTHONPATH": str(ROOT),
     }
-    first = (ROOT / "examples/questions.jsonl").read_text().splitlines()[0]
-    (tmp_path / "requests.jsonl").write_text(first.replace(": 48", ": 8") + "\n")
-    (tmp_path / "questions.jsonl").write_text(first.replace(": 48", ": 8") + "\n")
+    for name in ("requests.jsonl", "questions.jsonl", "in.jsonl"):
+        (tmp_path / name).write_text(_ROW + "\n")
+    (tmp_path / "answer.json").write_text('{"enum": ["yes", "no"]}')
     reader = Reader(tmp_path, environment)
     for block in blocks(page):
         reader.follow(block)
