@@ -97,7 +97,7 @@ class Settings(BaseSettings):
         description="Seconds between two heartbeats, at most half of lease_s. Default: a third.",
     )
     message_jobs: int = Field(
-        default=64, ge=1, le=4096, description="Most jobs that one queue message carries."
+        default=128, ge=1, le=4096, description="Most jobs that one queue message carries."
     )
     max_running: int | None = Field(
         default=None,

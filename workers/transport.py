@@ -182,6 +182,7 @@ class Channel(kombu_redis.Channel):
     unwritten: ClassVar[deque[str]] = deque()
 
     _raw: bytes | None = None
+    _own_client: Any = None  # for all but the waiting for messages
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -221,6 +222,14 @@ class Channel(kombu_redis.Channel):
         if getattr(self.connection, "client", None) is None:
             raise redis.ConnectionError("the connection was closed before")
         return super()._connparams(asynchronous=asynchronous)
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        # kombu makes one for every acknowledgement, and to make one takes longer than to use it.
+        if asynchronous:
+            return super()._create_client(asynchronous=True)
+        if self._own_client is None or self._own_client.connection_pool is not self.pool:
+            self._own_client = super()._create_client()
+        return self._own_client
 
     def _get(self, queue: str) -> Any:
         with self.conn_or_acquire() as client:
