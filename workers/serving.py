@@ -82,8 +82,12 @@ def vllm_arguments(model: ServedModel) -> Namespace:
     Raises:
         ConfigurationError: vLLM does not know an argument or its value.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ModuleNotFoundError:  # up to vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
     words = ["--model", model.path, "--served-model-name", model.name, *model.engine_args]

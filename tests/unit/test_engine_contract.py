@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import vllm
+from packaging.requirements import Requirement
 from vllm import PoolingParams, SamplingParams
 from vllm.config import CacheConfig, ModelConfig, VllmConfig
 from vllm.config.speculative import SpeculativeConfig
@@ -30,10 +34,12 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 
 import workers.engine
 from schema.jobs import Sampling
+from tools.vllm_surface import imported, surface
 from workers.engine import EnhancedAsyncLLM, EnhancedRequestOutput, EnhancedRequestOutputCollector
 from workers.engine.fingerprint import _DERIVED_FIELDS, NEUTRAL_FIELDS, canonical_params
 
-SOURCES = sorted(Path(workers.engine.__file__).parent.glob("*.py"))
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests/fixtures"
 
 
 def test_add_request_has_vllms_signature() -> None:
@@ -60,20 +66,30 @@ def test_public_names() -> None:
     ]
 
 
-def imported_from_vllm() -> list[tuple[str, str]]:
-    """Return module and name of everything that the engine imports from vLLM."""
-    found = set()
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
-                found |= {(str(node.module), alias.name) for alias in node.names}
-    return sorted(found)
+def alternatives() -> dict[str, set[str]]:
+    """Return by name in which modules our code looks for what it imports from vLLM."""
+    found: dict[str, set[str]] = {}
+    for module, name in imported():
+        found.setdefault(name, set()).add(module)
+    return found
 
 
-@pytest.mark.parametrize(("module", "name"), imported_from_vllm())
-def test_an_imported_name_is_where_it_was(module: str, name: str) -> None:
-    home = importlib.import_module(module)
-    assert hasattr(home, name), f"vLLM moved {name} out of {module}"
+IMPORTED = alternatives()
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_an_imported_name_is_where_it_was(name: str) -> None:
+    def has(module: str) -> bool:
+        try:
+            return hasattr(importlib.import_module(module), name)
+        except ModuleNotFoundError:
+            return False
+
+    # Some that moved are looked for in the old place and the new; each module is vLLM's own.
+    moved = len(IMPORTED[name]) > 1 and name == "make_arg_parser"
+    found = [module for module in IMPORTED[name] if has(module)]
+    missing = [] if moved and found else sorted(IMPORTED[name] - set(found))
+    assert not missing, f"vLLM moved {name} out of {' and '.join(missing)}"
 
 
 def fields_of(cls: Any) -> set[str]:
@@ -101,6 +117,7 @@ RELIED_ON: dict[Any, set[str]] = {
         "add_request",
         "encode",
         "errored",
+        "get_tokenizer",
         "from_engine_args",
         "from_vllm_config",
         "generate",
@@ -112,6 +129,7 @@ RELIED_ON: dict[Any, set[str]] = {
     },
     RequestOutputCollector: {
         "_input_stream_task",
+        "aggregate",
         "close",
         "get",
         "get_nowait",
@@ -197,6 +215,104 @@ RELIED_ON: dict[Any, set[str]] = {
 def test_a_class_has_what_the_engine_uses(cls: Any) -> None:
     missing = RELIED_ON[cls] - fields_of(cls)
     assert not missing, f"vLLM's {cls.__name__} no longer has {sorted(missing)}"
+
+
+#: Arguments that the engine hands over by name, or that a subclass is called with.
+ARGUMENTS: dict[str, set[str]] = {
+    "AsyncLLM.__init__": {
+        "executor_class",
+        "log_requests",
+        "log_stats",
+        "usage_context",
+        "vllm_config",
+    },
+    "AsyncLLM.add_request": {
+        "lora_request",
+        "params",
+        "prompt",
+        "prompt_text",
+        "reasoning_ended",
+        "reasoning_parser_kwargs",
+        "request_id",
+        "tokenization_kwargs",
+    },
+    "AsyncLLM.abort": {"internal", "request_id"},
+    "AsyncLLM.shutdown": {"timeout"},
+    "AsyncLLM.generate": {"prompt", "request_id", "sampling_params"},
+    "AsyncLLM.encode": {"pooling_params", "prompt", "request_id"},
+    "RequestOutputCollector.__init__": {"output_kind", "request_id"},
+    "RequestOutput.__init__": {
+        "finished",
+        "lora_request",
+        "outputs",
+        "prompt",
+        "prompt_logprobs",
+        "prompt_token_ids",
+        "request_id",
+    },
+    "PoolingRequestOutput.__init__": {
+        "finished",
+        "num_cached_tokens",
+        "outputs",
+        "prompt_token_ids",
+        "request_id",
+    },
+}
+
+
+def surfaces() -> dict[str, dict[str, Any]]:
+    """Return what each supported vLLM offers: the installed one, and those kept as names.
+
+    A file of names is made by ``python tools/vllm_surface.py WHEEL``.
+    """
+    installed = surface(Path(vllm.__file__).parent.parent)
+    kept = [json.loads(path.read_text()) for path in FIXTURES.glob("vllm-*.json")]
+    return {one["version"]: one for one in (installed, *kept)}
+
+
+SURFACES = surfaces()
+
+
+@pytest.mark.parametrize("version", SURFACES)
+def test_every_supported_vllm_has_what_the_engine_relies_on(version: str) -> None:
+    """Read from source as text: of the build for GPUs, too, where there is no GPU."""
+    found = SURFACES[version]
+    unread = {module for modules in IMPORTED.values() for module in modules} - {*found["modules"]}
+    assert not unread, f"run tools/vllm_surface.py on the wheel of {version}: {sorted(unread)}"
+    for name, modules in IMPORTED.items():
+        there = any(name in found["modules"].get(module, "").split() for module in modules)
+        assert there, f"vLLM {version} has no {name} in {' or '.join(sorted(modules))}"
+    for cls, used in RELIED_ON.items():
+        missing = used - set(found["classes"][cls.__name__].split())
+        assert not missing, f"vLLM {version}: {cls.__name__} has no {sorted(missing)}"
+    for call, named in ARGUMENTS.items():
+        unknown = named - set(found["arguments"][call].split())
+        assert not unknown, f"vLLM {version}: {call} takes no {sorted(unknown)}"
+
+
+def test_the_declared_versions_are_those_that_were_checked() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [Requirement(one) for one in extras["optional-dependencies"]["gpu"]]
+    (declared,) = (one.specifier for one in needed if one.name == "vllm")
+    for version in SURFACES:
+        assert version in declared
+    for minor in range(20, 60):
+        checked = any(version.startswith(f"0.{minor}.") for version in SURFACES)
+        assert (f"0.{minor}.0" in declared) == checked, f"vLLM 0.{minor}"
+
+
+def test_the_names_read_as_text_are_the_real_ones() -> None:
+    """Else the check of what is not installed would check nothing."""
+    found = SURFACES[vllm.__version__]
+    for call in ARGUMENTS:
+        owner, method = call.split(".")
+        (cls,) = (one for one in RELIED_ON if one.__name__ == owner)
+        real = list(inspect.signature(getattr(cls, method)).parameters)
+        bare = [name for name in real if name not in {"self", "cls", "kwargs"}]
+        assert found["arguments"][call].split() == bare
+    for cls in (AsyncLLM, RequestOutputCollector, RequestOutput, PoolingRequestOutput):
+        own = {name for name in vars(cls) if not name.startswith("_")}
+        assert own <= set(found["classes"][cls.__name__].split())
 
 
 def test_the_sentinel_of_streaming_input_is_a_finished_output() -> None:

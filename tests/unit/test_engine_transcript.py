@@ -117,6 +117,23 @@ def test_packed_and_replayed_it_reads_the_same() -> None:
         assert (one.prompt, one.prompt_token_ids) == (other.prompt, other.prompt_token_ids)
 
 
+@pytest.mark.parametrize("where", ["output", "completion"])
+def test_what_a_newer_vllm_says_besides_is_not_lost(where: str) -> None:
+    """A field that is not known may belong to the answer: it is handed on, and never stored."""
+    transcript = finished()
+    assert transcript.head is not None
+    holder = transcript.head if where == "output" else transcript.choices[1].latest
+    vars(holder)["novelty"] = []
+    pack(transcript)
+    vars(holder)["novelty"] = {"new": 1}
+    read = transcript.read(Cursor(RequestOutputKind.FINAL_ONLY), "r")
+    assert read is not None
+    given = read if where == "output" else read.outputs[1]
+    assert given.novelty == {"new": 1}
+    with pytest.raises(NotStorableError, match="novelty"):
+        pack(transcript)
+
+
 @pytest.mark.parametrize("end", ["abort", "error", None])
 def test_what_did_not_end_by_itself_is_not_stored(end: str) -> None:
     with pytest.raises(NotStorableError, match="ended in"):

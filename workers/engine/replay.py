@@ -17,6 +17,24 @@ from workers.engine.transcript import Transcript
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
+#: What vLLM's outputs say that a replay gives again, that is refused by name below, or that tells
+#: of the run rather than of the answer.
+_KNOWN: dict[type[Any], str] = {
+    RequestOutput: """
+        request_id prompt prompt_token_ids prompt_logprobs prompt_token_id_logprobs outputs finished
+        metrics lora_request encoder_prompt encoder_prompt_token_ids num_cached_tokens
+        num_cache_creation_tokens kv_transfer_params ec_transfer_params
+    """,
+    CompletionOutput: """
+        index text token_ids cumulative_logprob logprobs routed_experts finish_reason stop_reason
+        lora_request sampling_mask spec_decode_metrics weight_versions
+    """,
+    PoolingRequestOutput: """
+        request_id outputs prompt_token_ids num_cached_tokens finished error
+    """,
+}
+_KNOWN_NAMES = {cls: frozenset(names.split()) for cls, names in _KNOWN.items()}
+
 #: Ends after which an answer is whole and may be given again.
 WHOLE = frozenset({"stop", "length"})
 #: What vLLM calls the weights that an engine was started with.
@@ -25,6 +43,15 @@ _FIRST_WEIGHTS = "default"
 
 class NotStorableError(Exception):
     """The answer cannot be replayed faithfully, for the reason given."""
+
+
+def _refuse_unknown(output: Any, cls: type[Any]) -> None:
+    """Refuse what a newer vLLM says besides: it may belong to the answer, and would be lost."""
+    for name, value in vars(output).items():
+        empty = value is None or (isinstance(value, (bool, int, float, str, list)) and not value)
+        if name not in _KNOWN_NAMES[cls] and not empty:
+            msg = f"it carries {name}, which cannot be replayed"
+            raise NotStorableError(msg)
 
 
 def _pack_logprobs(logprobs: Any) -> tuple[Any, ...] | None:
@@ -71,6 +98,7 @@ def pack(transcript: Transcript) -> tuple[tuple[StoredCompletion, ...], tuple[An
         msg = "not finished"
         raise NotStorableError(msg)
     head = transcript.head
+    _refuse_unknown(head, RequestOutput)
     if head.kv_transfer_params or head.ec_transfer_params:
         msg = "cache transfer between engines"
         raise NotStorableError(msg)
@@ -80,6 +108,7 @@ def pack(transcript: Transcript) -> tuple[tuple[StoredCompletion, ...], tuple[An
     completions = []
     for index, choice in sorted(transcript.choices.items()):
         last = choice.latest
+        _refuse_unknown(last, CompletionOutput)
         if last.finish_reason not in WHOLE:
             msg = f"it ended in {last.finish_reason!r}"
             raise NotStorableError(msg)
@@ -209,6 +238,7 @@ def pack_pooled(output: PoolingRequestOutput) -> tuple[Any, str]:
     if output.error is not None or not isinstance(output.outputs, PoolingOutput):
         msg = "the pooling request failed"
         raise NotStorableError(msg)
+    _refuse_unknown(output, PoolingRequestOutput)
     data = output.outputs.data
     return data.to(torch.float64).tolist(), str(data.dtype).removeprefix("torch.")
 
