@@ -24,6 +24,12 @@ SAME = [
     ("How does a catalytic converter work?", "How do catalytic converters work?"),
     ("What causes earthquakes in Japan?", "What are the causes of earthquakes in Japan?"),
     ("Is it hard to learn Icelandic?", "Is Icelandic difficult to learn?"),
+    ("Which app is best for birdsong?", "Which apps are best for birdsong?"),
+    ("Where do stonemasons train?", "Where do stone-masons train?"),
+    (
+        'What is the meaning of the expression "to get cold feet"?',
+        'What does the expression "to get cold feet" mean?',
+    ),
     ("Who wrote Middlemarch?", "Who was it that wrote Middlemarch?"),
     ("Which is cheaper, tin or zinc?", "Which is cheaper, zinc or tin?"),
     ("How many moons does Saturn have?", "Saturn has how many moons?"),

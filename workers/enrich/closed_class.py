@@ -20,6 +20,9 @@ FUNCTION_POS = _words("DET ADP PRON CCONJ SCONJ PART PUNCT SPACE SYM INTJ AUX NU
 #: Words that carry no content wherever they stand.
 EMPTY = _words("be have do will would shall please then there here as so very really quite")
 
+#: Forms of auxiliary verbs that are words of another kind too.
+AUXILIARIES = {"does": "do", "did": "do", "doing": "do", "'s": "be", "\u2019s": "be", "has": "have"}
+
 #: Words that people frame any question with; in statements and orders they count.
 LIGHT = EMPTY | _words(
     "get make take give go come use happen find know tell explain describe think say mean seem "

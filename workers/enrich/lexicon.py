@@ -70,6 +70,10 @@ class Lexicon:
         row = self._rows.get(word)
         return row is not None and not row.startswith("-")
 
+    def words(self) -> list[str]:
+        """Return all base forms, in order of the alphabet."""
+        return [word for word in self._rows if word in self]
+
     def is_name(self, word: str) -> bool:
         """Whether a word, in lower case, is only ever written with a capital."""
         return self._rows.get(word, "").startswith("N")
@@ -131,13 +135,14 @@ class Lexicon:
 
     def _is_typo(self, one: str, other: str) -> bool:
         """Whether one is no word and reads as the other with one slip of the pen."""
-        if min(len(one), len(other)) < _MIN_TYPO_LETTERS or one[0] != other[0]:
-            return False
         if one in self and other in self:
             return False
+        if one + "s" == other or other + "s" == one:
+            return True  # "app" and "apps", where the dictionary has one of them at most
+        if min(len(one), len(other)) < _MIN_TYPO_LETTERS or one[0] != other[0]:
+            return False
         if not (one in self or other in self):
-            # Two unknown words are two names, unless one is the other's plural.
-            return one + "s" == other or other + "s" == one
+            return False  # two unknown words are two names
         return one.isalpha() and other.isalpha() and _one_slip(one, other)
 
 

@@ -141,6 +141,8 @@ def read(analysis: Analysis, lexicon: Lexicon) -> Reading:
 
 
 def _base(token: Token, lexicon: Lexicon) -> str:
+    if (auxiliary := closed.AUXILIARIES.get(token.text.lower())) is not None:
+        return auxiliary  # "does", which a tagger in doubt takes for the plural of "doe"
     base: str = lexicon.base(token.text, token.pos, token.tag in _GRADED)
     if base not in lexicon and token.pos == "PROPN":
         # A misread common noun at the start of a sentence or in a title.
@@ -194,8 +196,11 @@ def _initials(tokens: tuple[Token, ...]) -> str:
 def _joined(lowers: list[str], bases: list[str]) -> dict[str, tuple[str, str]]:
     """Write neighbours as one word: "data base" as "database", "e-mail" as "email"."""
     words = [(w, b) for w, b in zip(lowers, bases, strict=True) if _LETTER.search(w)]
-    pairs = pairwise(words)
-    return {one[0] + other[0]: (one[1], other[1]) for one, other in pairs}
+    found = {}
+    for one, other in pairwise(words):
+        for joined in (one[0] + other[0], one[0] + other[1]):  # as written, and its base form
+            found[joined] = (one[1], other[1])
+    return found
 
 
 def _opens_sentence(token: Token, tokens: tuple[Token, ...]) -> bool:
