@@ -50,6 +50,15 @@ class Reuse(StrEnum):
     """As exact, and also a stored answer to a guarded neighbour of the prompt."""
 
 
+class Verify(StrEnum):
+    """Who has the last word before a neighbour's answer is given."""
+
+    GUARD = "guard"
+    """The guard's rules: the default."""
+    ENGINE = "engine"
+    """The guard, and then the served model, asked in one token whether both are the same."""
+
+
 class Provenance(StrEnum):
     """How an answer came about."""
 
@@ -235,12 +244,23 @@ class OpenAIRequest(_Frozen):
 class JobOptions(_Frozen):
     """How a job is to be treated; nothing here changes what the model is asked."""
 
-    reuse: Reuse = Reuse.EXACT
+    reuse: Reuse | None = Field(
+        None, description="None: as the worker is configured for the namespace, else exact"
+    )
     threshold: float | None = Field(
         None, ge=0, le=1, description="cosine similarity from which a neighbour may be served"
     )
     ttl_s: float | None = Field(
         None, gt=0, le=10 * 366 * 86400, description="seconds the stored answer stays reusable"
+    )
+    sliding_ttl: bool | None = Field(
+        None, description="a hit starts the stored answer's time anew; None is as configured"
+    )
+    shadow: bool | None = Field(
+        None, description="decide on reuse and record it, but generate; None is as configured"
+    )
+    verify: Verify | None = Field(
+        None, description="who has the last word on a neighbour; None is as configured"
     )
     tags: list[Name] = Field(default_factory=list, max_length=32)
     stream: bool = Field(False, description="publish deltas while the answer grows")

@@ -37,7 +37,7 @@ def values_of(field: FieldInfo) -> str:
         return ", ".join(f"`{value}`" for value in kinds)
     if typing.get_origin(field.annotation) is dict:
         return "JSON object"
-    names = {int: "whole number", float: "number", str: "text", Path: "folder"}
+    names = {int: "whole number", float: "number", str: "text", Path: "path"}
     words = [names.get(kinds[0], "text")]
     for name, form in _BOUNDS:
         words += [

@@ -103,7 +103,7 @@ class Answerer:
         """Return an answer that fits the schema; one that does not is kept nowhere."""
         outcome = await self._answer(job, request, options, None)
         if (first := self._misfit(outcome, schema)) is not None:
-            if not answer_schema.is_repeatable(request) and options.reuse is Reuse.EXACT:
+            if not answer_schema.is_repeatable(request) and options.reuse is not Reuse.ALWAYS:
                 # Its seed is ours alone: a sampled request stays one that is never stored.
                 options = options.model_copy(update={"reuse": Reuse.OFF})
             outcome = await self._answer(job, answer_schema.second_try(request), options, None)
@@ -394,6 +394,9 @@ def _scope_of(
         context=context,
         threshold=options.threshold,
         ttl_s=options.ttl_s,
+        sliding_ttl=options.sliding_ttl,
+        shadow=options.shadow,
+        verify=options.verify,
         tags=tuple(options.tags),
         job_id=job.id,
         analyse_answer=options.analyse_answer,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _MOST_BYTES = 64 * 2**20
 _OVERHEAD_BYTES = 2_000
 #: Options under which the usual way does more than to give the answer.
-_UNUSUAL = ("stream", "analyse_answer")
+_UNUSUAL = ("stream", "analyse_answer", "sliding_ttl")
 
 # A word that no model writes marks a gap, so that a text that was kept is not mistaken for one.
 _MARK = uuid4().hex

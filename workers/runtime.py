@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 import structlog
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from workers.endpoints import Endpoints
+    from workers.engine.config import HandlerConfig
     from workers.engine.llm import EnhancedAsyncLLM
     from workers.pipeline import Pipeline
     from workers.settings import Settings
@@ -145,17 +146,18 @@ async def _engine(
 ) -> tuple[EnhancedAsyncLLM, Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from workers.engine import EnhancedAsyncLLM, HandlerConfig, Parts
+    from workers.engine import EnhancedAsyncLLM, Parts
     from workers.enrich.embedder import MiniLmEmbedder
     from workers.enrich.nlp import SpacyAnalyser
     from workers.handlers import OpenAIHandlers
 
     args = vllm_arguments(model)
-    config = HandlerConfig(
-        namespace=settings.namespace, require_scope=True, enrichment_wait_s=_ENRICHMENT_WAIT_S
-    )
-    analyser, embedder = SpacyAnalyser(config.nlp), MiniLmEmbedder(config.similarity)
-    for part in (analyser, embedder):
+    config = engine_config(settings)
+    on = config.features
+    analyser = SpacyAnalyser(config.nlp) if on.nlp else None
+    embedder = MiniLmEmbedder(config.similarity) if on.similarity else None
+    helpers = [part for part in (analyser, embedder) if part is not None]
+    for part in helpers:
         stack.push_async_callback(part.aclose)
     make = partial(
         EnhancedAsyncLLM.from_engine_args,
@@ -164,18 +166,42 @@ async def _engine(
         parts=Parts(analyser=analyser, embedder=embedder, store=answers),
     )
     # All three load models for many seconds; the engine does it in a thread, as it would block.
-    starts = await asyncio.gather(
-        asyncio.to_thread(make), analyser.start(), embedder.start(), return_exceptions=True
+    made, *starts = await asyncio.gather(
+        asyncio.to_thread(make),
+        *(part.start() for part in helpers),
+        return_exceptions=True,
     )
-    llm = starts[0]
-    if isinstance(llm, BaseException):
-        raise llm
+    if isinstance(made, BaseException):
+        raise made
+    llm = cast("EnhancedAsyncLLM", made)
     stack.push_async_callback(llm.aclose)
-    for failure in starts[1:]:
+    for failure in starts:
         if isinstance(failure, BaseException):
             # An enhancement: jobs are answered without it, and it is tried again.
             _log.warning("enhancement did not start", reason=str(failure))
     return llm, await OpenAIHandlers.over(llm, args)
+
+
+def engine_config(settings: Settings) -> HandlerConfig:
+    """Return what a worker's engine does beside generating.
+
+    Args:
+        settings: Name the file, if there is one.
+
+    Raises:
+        ConfigurationError: The file says something that cannot be.
+    """
+    from workers.engine.config import HandlerConfig
+
+    path = settings.engine_config
+    config = HandlerConfig() if path is None else HandlerConfig.from_file(path)
+    said = config.model_fields_set
+    own: dict[str, Any] = {"require_scope": True}
+    if "namespace" not in said:
+        own["namespace"] = settings.namespace
+    if "enrichment_wait_s" not in said:
+        own["enrichment_wait_s"] = _ENRICHMENT_WAIT_S
+    return config.model_copy(update=own)
 
 
 async def _helpers(

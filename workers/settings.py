@@ -77,6 +77,11 @@ class Settings(BaseSettings):
         min_length=1,
         description="Name under which jobs ask for the model. Unset: the model's own name.",
     )
+    engine_config: Path | None = Field(
+        default=None,
+        description="JSON file of the enhanced engine: what is on, budgets, reuse by namespace "
+        "(see docs/engine.md). Unset: its defaults.",
+    )
     namespace: str = Field(
         default="default",
         min_length=1,
@@ -154,6 +159,16 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         # The servers do not share this process's working folder.
         return value.expanduser().absolute()
+
+    @field_validator("engine_config")
+    @classmethod
+    def _readable(cls, value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        if not (path := value.expanduser().absolute()).is_file():
+            msg = "there is no such file"
+            raise ValueError(msg)
+        return path
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypedDict
 from uuid import UUID
 
@@ -12,7 +13,7 @@ import orjson
 from pydantic import ValidationError
 
 from schema.errors import InvalidRequestError, shown
-from schema.jobs import JobOptions, JobSpec, OpenAIRequest, PromptRequest, Reuse, Sampling
+from schema.jobs import JobOptions, JobSpec, OpenAIRequest, PromptRequest, Reuse, Sampling, Verify
 from schema.names import DEFAULT_NAMESPACE, job_id_for
 from schema.refusal import did_you_mean, refusal, refuse_non_finite
 
@@ -49,6 +50,12 @@ class SubmitOptions(TypedDict, total=False):
     """Cosine similarity from which a neighbour's answer may be served."""
     ttl_s: float
     """Seconds that the stored answer stays reusable."""
+    sliding_ttl: bool
+    """Whether each use of the stored answer starts its time anew."""
+    shadow: bool
+    """Decide on reuse by meaning and record it, but generate the answer all the same."""
+    verify: Verify | str
+    """Who has the last word on a neighbour's answer: guard, or engine as well."""
     tags: Sequence[str]
     """Labels of the stored answer, to invalidate it by."""
     stream: bool
@@ -72,6 +79,7 @@ class SubmitOptions(TypedDict, total=False):
 _REQUEST_FIELDS = frozenset({"messages", "body", "url", "sampling"})
 _JOB_FIELDS = frozenset(JobSpec.model_fields) - {"request", "options"}
 _OPTION_FIELDS = frozenset(JobOptions.model_fields)
+_CHOICES: dict[str, type[StrEnum]] = {"reuse": Reuse, "verify": Verify}
 _KNOWN = _REQUEST_FIELDS | _JOB_FIELDS | _OPTION_FIELDS
 
 
@@ -108,8 +116,9 @@ def build_spec(
     job = {name: given[name] for name in given.keys() & _JOB_FIELDS}
     job.setdefault("namespace", defaults.namespace)
     treatment = {name: _plain(given[name]) for name in given.keys() & _OPTION_FIELDS}
-    if "reuse" in treatment:
-        treatment["reuse"] = _reuse(treatment["reuse"])
+    for name, kind in _CHOICES.items():
+        if name in treatment:
+            treatment[name] = _choice(kind, name, treatment[name])
     try:
         job["request"] = _request(prompt, given, defaults.max_prompt_bytes)
         if treatment:
@@ -245,14 +254,14 @@ def _check_size(value: object, max_bytes: int, field: str = "prompt") -> None:
         raise InvalidRequestError(msg, field=field, value=value if field == "prompt" else None)
 
 
-def _reuse(value: object) -> Reuse:
+def _choice(kind: type[StrEnum], field: str, value: object) -> StrEnum:
     try:
-        return Reuse(value)  # type: ignore[arg-type]  # anything may come here
+        return kind(value)  # type: ignore[arg-type]  # anything may come here
     except ValueError:
-        known = [reuse.value for reuse in Reuse]
+        known = [one.value for one in kind]
         hint = did_you_mean(str(value), known)
         msg = f"must be one of {', '.join(known)}, not {shown(value)}{hint}"
-        raise InvalidRequestError(msg, field="reuse", value=value) from None
+        raise InvalidRequestError(msg, field=field, value=value) from None
 
 
 def _plain(value: Any) -> Any:

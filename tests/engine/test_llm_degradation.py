@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from vllm.sampling_params import RequestOutputKind
 
-from tests.engine.conftest import Equip, final_of, greedy, until
-from workers.engine import HandlerConfig
-from workers.engine.config import Features, NlpConfig, RetryConfig
+from schema.jobs import Reuse
+from tests.engine.conftest import Equip, final_of, greedy, joined, outputs_of, until
+from workers.engine import HandlerConfig, RequestScope
+from workers.engine.config import Features, NlpConfig, PluginConfig, RetryConfig
 from workers.enrich.nlp import SpacyAnalyser
 
 pytestmark = pytest.mark.engine
@@ -107,7 +109,7 @@ async def test_a_plug_in_that_hangs_is_cut_and_the_others_work(equip: Equip) -> 
     config = WAITING.model_copy(
         update={
             "features": Features(nlp=False, similarity=False, plugins=True),
-            "nlp": NlpConfig(budget_s=0.2),
+            "plugins": {"hanging": PluginConfig(budget_s=0.2)},
         }
     )
     llm = equip(config, plugins=(Hanging(), Counting()))
@@ -117,6 +119,28 @@ async def test_a_plug_in_that_hangs_is_cut_and_the_others_work(equip: Equip) -> 
     again = await final_of(llm, "Three words here", greedy(3))
     assert again.metadata["cached"]
     assert again.metadata["enrichments"] == output.metadata["enrichments"]
+
+
+@pytest.mark.parametrize("reuse", [Reuse.EXACT, Reuse.OFF])
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+async def test_plug_ins_run_on_the_answer_where_asked(
+    equip: Equip, kind: RequestOutputKind, reuse: Reuse
+) -> None:
+    config = WAITING.model_copy(update={"features": Features(nlp=False, similarity=False)})
+    llm = equip(config, plugins=(Counting(),))
+    asked = RequestScope(analyse_answer=True, reuse=reuse)
+    for _ in range(2):
+        with asked.active():
+            outputs = await outputs_of(
+                llm, "Count to", greedy(6, ignore_eos=True, output_kind=kind)
+            )
+        data, text = outputs[-1].metadata, joined(outputs, kind)[0][0]
+        assert data["answer_enrichments"]["counting"]["words"] == len(text.split()) > 0
+        assert data["enrichments"]["counting"]["words"] == 2
+        assert data["errors"] == {}
+    assert data["cached"] is (reuse == Reuse.EXACT)
+    plain = await final_of(llm, "Count up", greedy(6))
+    assert plain.metadata["answer_enrichments"] == {}
 
 
 async def test_the_answer_does_not_wait_for_what_hangs(equip: Equip) -> None:

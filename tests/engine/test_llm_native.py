@@ -206,6 +206,41 @@ async def test_what_is_not_reused_says_why(
     assert len(plain.memory) == 0
 
 
+@pytest.mark.parametrize("reuse", [Reuse.EXACT, Reuse.OFF])
+async def test_what_steers_a_request_reaches_the_core(
+    plain: Equipped, monkeypatch: pytest.MonkeyPatch, reuse: Reuse
+) -> None:
+    """Priority, rank, trace and time of arrival; they do not change the answer, nor its key."""
+    seen: list[Any] = []
+    core = plain.engine_core
+    send = core.add_request_async
+
+    async def watched(request: Any) -> None:
+        seen.append(request)
+        await send(request)
+
+    monkeypatch.setattr(core, "add_request_async", watched)
+    # Without a collector of traces vLLM drops their headers.
+    monkeypatch.setattr(plain.observability_config, "otlp_traces_endpoint", "grpc://nowhere:1")
+    steering = {
+        "priority": 7,
+        "data_parallel_rank": 0,
+        "trace_headers": {"traceparent": "00-aa-bb-01"},
+        "arrival_time": 1000.5,
+    }
+    with RequestScope(reuse=reuse).active():
+        output = await final_of(plain, "Steered", greedy(2), **steering)
+        again = await final_of(plain, "Steered", greedy(2), priority=1)
+    assert output.text
+    for name, value in steering.items():
+        assert getattr(seen[0], name) == value
+    assert again.metadata["cached"] is (reuse == Reuse.EXACT)
+    assert len(seen) == (1 if reuse == Reuse.EXACT else 2)
+    with pytest.raises(ValueError, match="data_parallel_rank 5"):
+        await plain.add_request("rank", "Steered elsewhere", greedy(2), data_parallel_rank=5)
+    assert plain.stats()["flights"] == 0
+
+
 @pytest.mark.parametrize("prompt", ["", "x " * 3000, {"prompt_token_ids": [10**7]}])
 async def test_a_bad_prompt_is_refused_as_vllm_refuses_it(plain: Equipped, prompt: Any) -> None:
     async def refusal(add: Any, *args: Any) -> Exception:

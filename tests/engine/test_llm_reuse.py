@@ -11,7 +11,8 @@ from vllm.sampling_params import RequestOutputKind
 from schema.jobs import Reuse
 from tests.engine.conftest import PLAIN, Equip, Equipped, final_of, greedy, until
 from workers.engine import HandlerConfig, RequestScope
-from workers.engine.config import CacheConfig, Features
+from workers.engine.config import CacheConfig, Features, ReusePolicy
+from workers.store.answers import PostgresAnswers
 
 pytestmark = pytest.mark.engine
 
@@ -88,6 +89,54 @@ async def test_an_answer_ends_with_its_time(equip: Equip) -> None:
         assert answer.expires_at - answer.created_at == pytest.approx(0.2)
         await until(lambda a=answer, m=one.memory: m.get(a.namespace, a.fingerprint) is None)
         assert not await cached(one, scope)
+
+
+async def test_a_hit_prolongs_an_answers_life_only_where_asked(
+    equip: Equip, answer_store: PostgresAnswers
+) -> None:
+    llm = equip(PLAIN, store=answer_store)
+
+    async def ends(scope: RequestScope) -> tuple[float, float]:
+        """Ask; return when the answer ends in memory and in Postgres."""
+        await cached(llm, scope)
+        await until(lambda: llm.stats()["side_tasks"] == 0)
+        answer = scope.report.entries[0].answer
+        assert answer is not None
+        kept = llm.memory.get(answer.namespace, answer.fingerprint)
+        stored = await answer_store.get(answer.namespace, answer.fingerprint)
+        assert kept is not None
+        assert stored is not None
+        return kept.expires_at or 0, stored.expires_at or 0
+
+    first = await ends(RequestScope(ttl_s=500))
+    assert await ends(RequestScope(ttl_s=5000)) == pytest.approx(first, abs=1)
+    longer = await ends(RequestScope(ttl_s=5000, sliding_ttl=True))
+    assert min(longer) > max(first) + 4000
+    # Never cut short, and not written at every hit.
+    assert await ends(RequestScope(ttl_s=5, sliding_ttl=True)) == longer
+    assert await ends(RequestScope(ttl_s=5000, sliding_ttl=True)) == longer
+    llm.forget()
+    again = await ends(RequestScope(ttl_s=50_000, sliding_ttl=True))
+    assert min(again) > max(longer) + 40_000
+
+
+async def test_a_namespace_reuses_as_it_is_configured(equip: Equip) -> None:
+    config = PLAIN.model_copy(
+        update={
+            "namespaces": {"never": ReusePolicy(reuse=Reuse.OFF), "brief": ReusePolicy(ttl_s=9)}
+        }
+    )
+    llm = equip(config)
+    never, brief = RequestScope(namespace="never"), RequestScope(namespace="brief")
+    assert not await cached(llm, never)
+    assert not await cached(llm, never)
+    assert await cached(llm, RequestScope(namespace="never", reuse=Reuse.EXACT)) is False
+    assert await cached(llm, RequestScope(namespace="never", reuse=Reuse.EXACT))
+    assert not await cached(llm, brief)
+    answer = brief.report.entries[0].answer
+    assert answer is not None
+    assert answer.expires_at is not None
+    assert answer.expires_at - answer.created_at == pytest.approx(9)
 
 
 async def test_forgetting(plain: Equipped) -> None:

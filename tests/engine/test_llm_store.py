@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import os
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
@@ -10,10 +12,12 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from schema.errors import DatabaseUnavailableError
-from schema.jobs import Reuse
+from schema.jobs import Reuse, Verify
 from tests.engine.conftest import (
     PLAIN,
     Equip,
@@ -269,6 +273,12 @@ async def test_a_neighbours_answer_is_served_by_meaning(
     assert (row.served, row.shadow, row.rule) == (True, False, None)
     assert str(row.answer_id) == data["source_answer_id"]
     assert everything.stats()["hits"]["semantic/store"] == 1
+    used = everything.stats()["processes"]
+    assert used["self"]["pid"] == os.getpid()
+    assert {"VLLM::EngineCore", "spacy", "minilm"} <= used.keys()
+    for process in used.values():
+        assert process["memory_bytes"] > 2**20
+        assert process["cpu_s"] > 0
     # An answer by meaning is not kept as if it were the answer to these very words.
     exact = await final_of(everything, MEANT, full(48))
     assert exact.metadata["provenance"] == "generated"
@@ -355,7 +365,9 @@ async def test_once_something_was_handed_out_the_race_is_lost(
     outputs += [output async for output in collector.aiter()]
     assert outputs[-1].metadata["provenance"] == "generated"
     assert len(joined(outputs, RequestOutputKind.DELTA)[0][1]) == 8
-    assert scope.report.decisions == []
+    await settled(llm)
+    (decision,) = scope.report.decisions
+    assert (decision.served, decision.rule) == (False, "too_late")
     # Held up for ever, it holds up nothing, and leaves nothing behind.
     reuser.free.clear()
     with scope.active():
@@ -387,6 +399,62 @@ async def test_shadow_mode_decides_and_serves_what_was_generated(
     (row,) = await decisions(database)
     assert row.agreement == pytest.approx(decision.agreement)
     assert isinstance(row.own_answer_id, UUID)
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_the_served_model_may_have_the_last_word(
+    everything: Equipped, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    """The real model says one of two words; which one is not for a small model to be trusted in."""
+    await final_of(everything, ASKED, full(48))
+    await settled(everything)
+    races = everything._races
+    assert races is not None
+    word, asked = races._verify, []
+
+    async def verify(one: str, other: str) -> bool:
+        asked.append((one, other, await word(one, other)))
+        return same
+
+    monkeypatch.setattr(races, "_verify", verify)
+    output, scope = await meant(everything, verify=Verify.ENGINE)
+    ((one, other, said),) = asked
+    assert (one, other) == (MEANT, ASKED)
+    assert said in (True, False)
+    (decision,) = scope.report.decisions
+    assert decision.served is same
+    assert decision.rule == (None if same else "engine")
+    assert output.metadata["provenance"] == ("semantic" if same else "generated")
+    await meant(everything, "How do you bake sourdough bread?")
+    assert len(asked) == 1
+
+
+async def test_the_models_word_is_one_token_of_two(everything: Equipped) -> None:
+    races = everything._races
+    assert races is not None
+    verifier = races._verify.__self__  # type: ignore[attr-defined]
+    seen: list[Any] = []
+
+    async def add(**call: Any) -> Any:
+        # VLLM turns the choice into a grammar, in place.
+        seen.append((call["prompt"], copy.deepcopy(call["params"])))
+        return await AsyncLLM.add_request(everything, **call)
+
+    verifier._add = add
+    said = await verifier.same('Say "yes". \n\n', "Two?")
+    assert said in (True, False)
+    ((prompt, params),) = seen
+    assert params.max_tokens == 1
+    assert params.structured_outputs.choice == ["yes", "no"]
+    text = everything.get_tokenizer().decode(prompt["prompt_token_ids"])
+    assert r'"Say \"yes\". \n\n"' in text
+    assert everything.stats()["requests"] == 0
+    with pytest.raises(VLLMValidationError):
+        await verifier.same("too long " * 5000, "Two?")
+    leaving = asyncio.create_task(verifier.same("One?", "Two?"))
+    await until(lambda: everything.get_num_unfinished_requests() > 0)
+    leaving.cancel()
+    await idle(everything)
 
 
 async def test_without_postgres_the_answer_still_comes(

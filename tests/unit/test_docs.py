@@ -241,3 +241,22 @@ def test_pictures_say_what_they_show(path: Path):
     assert root.findtext(f"{SVG}title")
     assert root.findtext(f"{SVG}desc")
     assert root.get("viewBox")
+
+
+def test_the_engines_configuration_can_be_read(tmp_path: Path):
+    from workers.engine.config import HandlerConfig
+
+    (example,) = blocks(ROOT / "docs/engine.md", "json")
+    path = tmp_path / "engine.json"
+    path.write_text(example.text)
+    config = HandlerConfig.from_file(path)
+    assert config.policy("trial").shadow
+    assert config.policy("other").threshold == HandlerConfig().similarity.threshold
+
+
+def test_every_rule_of_the_guard_is_named():
+    from workers.enrich.neighbours import ENGINE, NOT_NEAR_ENOUGH, WITHDRAWN
+    from workers.enrich.rules import RULES
+
+    named = set(inline(ROOT / "docs/engine.md"))
+    assert {*RULES, ENGINE, NOT_NEAR_ENOUGH, WITHDRAWN, "too_late"} <= named

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
@@ -125,6 +126,22 @@ async def test_one_call_at_a_time_tries_whether_it_is_back() -> None:
         await breaker.call(free.wait, budget_s=60)
     free.set()
     assert await trying
+
+
+async def test_a_thousand_failures_are_one_log_line_a_minute() -> None:
+    now = [0.0]
+    breaker = Breaker("part", rest_s=0.0, clock=lambda: now[0])
+    with structlog.testing.capture_logs() as lines:
+        for number in range(1000):
+            now[0] = number / 100
+            with pytest.raises(ConnectionError):
+                await breaker.call(fail, budget_s=1)
+        now[0] = 60.0
+        with pytest.raises(ConnectionError):
+            await breaker.call(fail, budget_s=1)
+    assert breaker.failed == 1001
+    assert [(line["part"], line["failures"]) for line in lines] == [("part", 1), ("part", 1001)]
+    assert "ConnectionError: down" in lines[0]["why"]
 
 
 async def test_a_breaker_cuts_what_takes_too_long() -> None:

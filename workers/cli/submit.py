@@ -43,6 +43,21 @@ def submit(
     reuse: Annotated[
         str | None, typer.Option(help="Stored answers that will do: off, exact, always, semantic.")
     ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Cosine from which a near prompt's answer may do.")
+    ] = None,
+    verify: Annotated[
+        str | None, typer.Option(help="Last word on a near prompt: guard, engine.")
+    ] = None,
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="Decide on reuse and record it, but generate.")
+    ] = False,
+    ttl: Annotated[
+        float | None, typer.Option(help="Seconds the stored answer stays reusable.")
+    ] = None,
+    sliding_ttl: Annotated[
+        bool, typer.Option("--sliding-ttl", help="Each use starts that time anew.")
+    ] = False,
     priority: Annotated[int | None, typer.Option(help="0 is served first, 9 last.")] = None,
     key: Annotated[
         str | None, typer.Option(help="Idempotency key: submissions under one key are one job.")
@@ -73,6 +88,11 @@ def submit(
         "namespace": namespace,
         "model": model,
         "reuse": reuse,
+        "threshold": threshold,
+        "verify": verify,
+        "shadow": shadow or None,
+        "ttl_s": ttl,
+        "sliding_ttl": sliding_ttl or None,
         "priority": priority,
         "idempotency_key": key,
         "channel": channel,

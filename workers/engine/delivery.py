@@ -15,8 +15,9 @@ from workers.engine.notes import Reused
 from workers.engine.protocols import StoredAnswer
 from workers.engine.scope import ReportEntry, RequestScope
 
-#: Under this name the analysis of an answer is stored among its enrichments.
-ANSWER_NLP = "answer_nlp"
+#: Under these names the analysis of an answer, and what plug-ins said of it, are stored among the
+#: enrichments.
+ANSWER_NLP, ANSWER_ENRICHMENTS = "answer_nlp", "answer_enrichments"
 
 _NOTHING = Findings()
 
@@ -28,6 +29,7 @@ class Won:
     reused: Reused
     source: Source
     served: Callable[[], None]
+    missed: Callable[[], None]  # instead, when the answer came too late
 
 
 @dataclass(kw_only=True)
@@ -49,6 +51,7 @@ class RequestDelivery:
     enrichment: EnrichmentRun | None = None  # of this request alone
     race: asyncio.Task[Won | None] | None = None
     errors: dict[str, str] = field(default_factory=dict)
+    spoken: Callable[[], str] | None = None  # text of an answer that is not kept
     on_arrival: Callable[[RequestDelivery], None] | None = None
     on_final: Callable[[RequestDelivery], None] | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -73,7 +76,9 @@ class RequestDelivery:
 
     def handed_out(self) -> None:
         """An output has gone to the consumer: the race is lost, and runs out by itself."""
-        self.race = None
+        race, self.race = self.race, None
+        if race is not None:
+            race.add_done_callback(_missed)
 
     def arrived(self) -> None:
         """Note the time of the last token; the race is lost."""
@@ -169,9 +174,12 @@ class RequestDelivery:
         analysis, similar = findings.analysis, findings.similar
         enrichments = dict(findings.enrichments)
         spoken = own.answer_analysis.public() if own.answer_analysis is not None else None
+        of_answer = dict(own.answer_enrichments)
         if reused is not None:
             enrichments = {**reused.answer.enrichments, **enrichments}
-            spoken = spoken or enrichments.pop(ANSWER_NLP, None)
+            stored = enrichments.pop(ANSWER_NLP, None)
+            spoken = spoken or stored
+            of_answer = {**enrichments.pop(ANSWER_ENRICHMENTS, {}), **of_answer}
             if reused.provenance == Provenance.EXACT:
                 analysis, similar = reused.answer.analysis, reused.answer.similar
         seconds = {**findings.seconds, **own.seconds}
@@ -190,6 +198,7 @@ class RequestDelivery:
             "answer_nlp_result": spoken,
             "similar": [near.public() for near in similar or ()],
             "enrichments": enrichments,
+            "answer_enrichments": of_answer,
             "processing_time": {stage: round(value, 6) for stage, value in seconds.items()},
             "errors": errors,
             "disabled": dict(self.disabled),
@@ -201,3 +210,9 @@ class RequestDelivery:
         if self.not_reusable is not None or self.flight is None:
             return self.not_reusable
         return self.flight.notes.not_storable
+
+
+def _missed(race: asyncio.Task[Won | None]) -> None:
+    if race.cancelled() or race.exception() is not None or (won := race.result()) is None:
+        return
+    won.missed()

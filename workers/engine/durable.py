@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from uuid import uuid4
 
@@ -12,7 +13,7 @@ from workers.engine.breaker import Breaker
 from workers.engine.flight import Stream
 from workers.engine.notes import FlightNotes, Reused
 from workers.engine.plan import RequestPlan
-from workers.engine.protocols import AnswerStore, FlightMarkers, StoredAnswer
+from workers.engine.protocols import AnswerStore, ExtendsLives, FlightMarkers, StoredAnswer
 from workers.engine.replay import stream_of
 from workers.engine.scope import RequestScope
 from workers.engine.side_tasks import SideTasks
@@ -22,6 +23,8 @@ from workers.engine.stats import EngineStats
 _LOOK_UP_BUDGET_S = 1.0
 #: Seconds after which other workers no longer wait for a generation of this one.
 _MARK_TTL_S = 60.0
+#: Part of its time that an answer must have lost before a hit starts it anew.
+_WORTH_EXTENDING = 0.1
 #: Seconds the store may take to write one answer.
 _STORE_BUDGET_S = 10.0
 
@@ -86,6 +89,7 @@ class DurableTier:
             return False
         self._memory.put(answer)
         self._stats.hit("store", Provenance.EXACT)
+        self.used(answer, scope)
         notes.reused = Reused(answer=answer, provenance=Provenance.EXACT, tier="store")
         filled = replayed(answer, planned)
         stream.transcript, stream.pooled = filled.transcript, filled.pooled
@@ -117,6 +121,31 @@ class DurableTier:
             return None
         notes.seconds["other_worker"] = time.perf_counter() - started
         return answer
+
+    def used(self, answer: StoredAnswer, scope: RequestScope) -> None:
+        """Start a stored answer's time anew, where whoever was given it asked for that.
+
+        Args:
+            answer: Given.
+            scope: Of the request.
+        """
+        if not scope.sliding_ttl or scope.ttl_s is None or answer.expires_at is None:
+            return
+        until = time.time() + scope.ttl_s
+        if until - answer.expires_at < scope.ttl_s * _WORTH_EXTENDING:
+            return  # a popular answer must not be written at every hit
+        self._memory.complete(dataclasses.replace(answer, expires_at=until))
+        if isinstance(self._store, ExtendsLives):
+            self._tasks.spawn(
+                self._extended(self._store, answer, scope.ttl_s), name="promptmill-extend"
+            )
+
+    async def _extended(self, store: ExtendsLives, answer: StoredAnswer, ttl_s: float) -> None:
+        with contextlib.suppress(Exception):  # it was counted, and the answer lives as before
+            await self._breaker.call(
+                lambda: store.extend(answer.namespace, answer.id, ttl_s),
+                budget_s=_STORE_BUDGET_S,
+            )
 
     def unmark(self, notes: FlightNotes, planned: RequestPlan, scope: RequestScope) -> None:
         """Let other workers go on: the answer is stored, or there will be none.

@@ -17,7 +17,7 @@ from uuid import UUID
 
 from schema.errors import CallerError
 from workers.engine.breaker import Breaker, BreakerOpenError
-from workers.engine.config import HandlerConfig
+from workers.engine.config import HandlerConfig, PluginConfig
 from workers.engine.protocols import (
     Analyser,
     Analysis,
@@ -41,6 +41,7 @@ class Findings:
     similar: tuple[Neighbour, ...] | None = None
     vectors: tuple[PartVector, ...] = ()
     enrichments: dict[str, Any] = field(default_factory=dict)
+    answer_enrichments: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)  # enhancement to reason
     seconds: dict[str, float] = field(default_factory=dict)  # stage to time
     running: set[str] = field(default_factory=set)  # stages not ended yet
@@ -80,12 +81,22 @@ class Enrichers:
             *(f"plugin:{plugin.name}" for plugin in self.plugins),
         ]
         self.breakers = {name: Breaker(name) for name in names}
+        self._retries = {
+            "nlp": config.nlp.retry,
+            "embedder": config.similarity.retry,
+            "neighbours": config.similarity.retry,
+            **{f"plugin:{plugin.name}": self._plugin(plugin).retry for plugin in self.plugins},
+        }
         # What the parts cannot take at once waits here, within its budget, and is no failure.
         self._gates = {
             "nlp": asyncio.Semaphore(config.nlp.concurrency),
             # A prompt with many clauses takes more than one of the embedder's places.
             "embedder": asyncio.Semaphore(max(1, config.similarity.concurrency // 4)),
             "neighbours": asyncio.Semaphore(config.similarity.look_ups),
+            **{
+                f"plugin:{plugin.name}": asyncio.Semaphore(self._plugin(plugin).concurrency)
+                for plugin in self.plugins
+            },
         }
         self.disabled = {**self._why_disabled(), **(missing or {})}
 
@@ -109,9 +120,7 @@ class Enrichers:
 
     async def _guarded(self, name: str, action: Callable[[], Awaitable[_T]], budget_s: float) -> _T:
         """Run one stage in its turn, under its breaker and budget."""
-        gate = self._gates.get(name)
-        if gate is None:
-            return await self._tried(name, action, budget_s)
+        gate = self._gates[name]
         try:
             async with asyncio.timeout(budget_s):
                 await gate.acquire()
@@ -125,7 +134,7 @@ class Enrichers:
 
     async def _tried(self, name: str, action: Callable[[], Awaitable[_T]], budget_s: float) -> _T:
         """Run one stage under its breaker and budget, and try again what may pass by."""
-        retry = self.config.retry
+        retry = self._retries[name] or self.config.retry
         for attempt in range(1, retry.attempts + 1):
             try:
                 return await self.breakers[name].call(action, budget_s=budget_s)
@@ -213,18 +222,21 @@ class Enrichers:
         return [dataclasses.replace(neighbour, clause=part.clause) for neighbour in near]
 
     async def plug_in(self, plugin: Enricher, text: str, *, namespace: str) -> Mapping[str, Any]:
-        """Run one enricher of another package within the budget of an analysis.
+        """Run one enricher of another package within its budget.
 
         Args:
             plugin: One of `plugins`.
-            text: The prompt.
+            text: A prompt or an answer.
             namespace: Tenant.
         """
         return await self._guarded(
             f"plugin:{plugin.name}",
             lambda: plugin.enrich(text, namespace=namespace),
-            self.config.nlp.budget_s,
+            self._plugin(plugin).budget_s,
         )
+
+    def _plugin(self, plugin: Enricher) -> PluginConfig:
+        return self.config.plugins.get(plugin.name, self.config.plugin)
 
     async def aclose(self) -> None:
         """Stop what the parts run; idempotent."""
@@ -278,14 +290,22 @@ class EnrichmentRun:
         return await asyncio.shield(self._analysed), await asyncio.shield(self._embedded)
 
     def analyse_answer(self, text: str) -> None:
-        """Analyse the answer too; a stage like the others.
+        """Enrich the answer too: by spaCy and by each plug-in, stages like the others.
 
         Args:
             text: Of the first completion.
         """
-        if text and self._enrichers.analyser is not None:
-            work = self._stage("answer_nlp", self._analyse_answer(text))
-            self._tasks.append(self._side_tasks.spawn(work, name="promptmill-answer-analysis"))
+        if not text:
+            return
+        stages = [
+            self._stage(f"answer_plugin:{plugin.name}", self._plug_in_answer(plugin, text))
+            for plugin in self._enrichers.plugins
+        ]
+        if self._enrichers.analyser is not None:
+            stages.append(self._stage("answer_nlp", self._analyse_answer(text)))
+        self._tasks.extend(
+            self._side_tasks.spawn(stage, name="promptmill-answer-enrichment") for stage in stages
+        )
 
     def leave(self) -> None:
         """Begin nothing more, since nobody wants it; what has begun ends by itself.
@@ -370,6 +390,10 @@ class EnrichmentRun:
     async def _plug_in(self, plugin: Enricher) -> None:
         found = await self._enrichers.plug_in(plugin, self._text, namespace=self._namespace)
         self.findings.enrichments[plugin.name] = dict(found)
+
+    async def _plug_in_answer(self, plugin: Enricher, text: str) -> None:
+        found = await self._enrichers.plug_in(plugin, text, namespace=self._namespace)
+        self.findings.answer_enrichments[plugin.name] = dict(found)
 
 
 def _resolve(future: asyncio.Future[_T], value: _T) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeAlias
 
@@ -48,10 +49,22 @@ class NativeSource:
 
     def __init__(self, parent: RequestOutputCollector) -> None:
         self.parent = parent
+        self._pieces: list[str] = []
 
     def get_nowait(self) -> Output | None:
         """Return the next output, or None when there is none yet."""
-        return self.parent.get_nowait()
+        output = self.parent.get_nowait()
+        if isinstance(output, RequestOutput):
+            for piece in output.outputs:
+                if piece.index == 0:
+                    if not self.parent.aggregate:  # no deltas: each has the whole text so far
+                        self._pieces.clear()
+                    self._pieces.append(piece.text)
+        return output
+
+    def text(self) -> str:
+        """Return the first completion's text, as far as it has been read."""
+        return "".join(self._pieces)
 
     async def wait(self) -> None:
         """Return once there is an output or an error."""
@@ -164,14 +177,11 @@ class Reader:
         )
 
     def _pooled_copy(self, output: PoolingRequestOutput) -> PoolingRequestOutput:
-        return type(output)(
-            request_id=self.request_id,
-            outputs=output.outputs,
-            prompt_token_ids=list(output.prompt_token_ids),
-            num_cached_tokens=output.num_cached_tokens,
-            finished=output.finished,
-            error=output.error,
-        )
+        # Not through __init__: fields that a newer vLLM adds must come along.
+        own = copy.copy(output)
+        own.request_id = self.request_id
+        own.prompt_token_ids = list(output.prompt_token_ids)
+        return own
 
     def _abort_output(self) -> RequestOutput:
         cursor, transcript = self._cursor, self.stream.transcript

@@ -13,7 +13,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from workers.cache.memory import MemoryCache
 from workers.engine.config import HandlerConfig
-from workers.engine.delivery import ANSWER_NLP, RequestDelivery
+from workers.engine.delivery import ANSWER_ENRICHMENTS, ANSWER_NLP, RequestDelivery
 from workers.engine.durable import DurableTier
 from workers.engine.enrichment import Enrichers, EnrichmentRun
 from workers.engine.flight import Flight, Reader, Stream
@@ -200,8 +200,7 @@ class Flights:
     def _unanswered(
         self, planned: RequestPlan, scope: RequestScope, engine_s: float
     ) -> StoredAnswer:
-        ttl_s = scope.ttl_s or self._config.cache.ttl_s
-        now = time.time()
+        ttl_s, now = scope.ttl_s, time.time()
         return StoredAnswer(
             id=uuid4(),
             namespace=scope.namespace,
@@ -239,6 +238,8 @@ def _complete(notes: FlightNotes) -> StoredAnswer:
         enrichments = dict(findings.enrichments)
         if findings.answer_analysis is not None:
             enrichments[ANSWER_NLP] = findings.answer_analysis.public()
+        if findings.answer_enrichments:
+            enrichments[ANSWER_ENRICHMENTS] = dict(findings.answer_enrichments)
         answer = notes.answer = dataclasses.replace(
             answer,
             analysis=findings.analysis,

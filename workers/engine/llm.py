@@ -28,7 +28,7 @@ from workers.engine.collector import EnhancedRequestOutputCollector
 from workers.engine.config import HandlerConfig
 from workers.engine.construction import Signature, native_arguments
 from workers.engine.decisions import DecisionLog
-from workers.engine.delivery import ANSWER_NLP, RequestDelivery
+from workers.engine.delivery import ANSWER_ENRICHMENTS, ANSWER_NLP, RequestDelivery
 from workers.engine.durable import DurableTier, replayed
 from workers.engine.enrichment import Enrichers, EnrichmentRun
 from workers.engine.flight import Flight, NativeSource, Reader, Source
@@ -37,11 +37,13 @@ from workers.engine.identity import engine_digest
 from workers.engine.notes import Reused
 from workers.engine.parts import Parts, complete, default_parts
 from workers.engine.plan import Planner, RequestPlan
+from workers.engine.processes import Processes
 from workers.engine.protocols import StoredAnswer
 from workers.engine.race import Races
 from workers.engine.scope import RequestScope, current_scope
 from workers.engine.side_tasks import SideTasks
 from workers.engine.stats import EngineStats
+from workers.engine.verification import EngineVerifier
 
 _SIGNATURE = Signature()
 #: Seconds one write of decisions may take.
@@ -186,8 +188,13 @@ class EnhancedAsyncLLM(AsyncLLM):
         super().shutdown(timeout=timeout)
 
     def stats(self) -> dict[str, Any]:
-        """Return counters and sizes, as JSON types: requests, hits by tier, failures, memory."""
+        """Return one snapshot as JSON types, for metrics and commands.
+
+        Requests, hits by tier and kind, seconds by stage, decisions on reuse, failures by
+        enhancement, and memory and processor time of this process and each of its children.
+        """
         return self._stats.snapshot(
+            processes=self._processes.snapshot(),
             memory=self.memory,
             flights=len(self._flights),
             side_tasks=len(self._side_tasks),
@@ -211,6 +218,8 @@ class EnhancedAsyncLLM(AsyncLLM):
         if answer is not None:
             self._stats.requests += 1
             self._stats.hit("memory", Provenance.EXACT)
+            scope = RequestScope(namespace=namespace)
+            self._durable.used(answer, scope.under(self._policy(namespace)))
         return answer
 
     def recalled_metadata(self, answer: StoredAnswer) -> dict[str, Any]:
@@ -243,6 +252,7 @@ class EnhancedAsyncLLM(AsyncLLM):
         """Make all that works beside the engine."""
         self._shut_down = False
         self.handler_config = config
+        self._policy = functools.lru_cache(maxsize=1024)(config.policy)
         self.parts = parts = complete(default_parts(config) if parts is None else parts, config)
         self.enrichers = Enrichers(
             config,
@@ -259,21 +269,23 @@ class EnhancedAsyncLLM(AsyncLLM):
         )
         self._planner = Planner(self, engine=self.identity, features=config.features)
         self._stats = EngineStats()
+        self._processes = Processes()
         self._side_tasks = SideTasks()
         self._store_breaker = Breaker("store")
         self._readers: weakref.WeakValueDictionary[str, Reader] = weakref.WeakValueDictionary()
+        self._durable = DurableTier(
+            store=parts.store,
+            wait_s=config.cache.flight_wait_s,
+            memory=self.memory,
+            breaker=self._store_breaker,
+            stats=self._stats,
+            tasks=self._side_tasks,
+        )
         self._flights = Flights(
             config=config,
             enrichers=self.enrichers,
             memory=self.memory,
-            durable=DurableTier(
-                store=parts.store,
-                wait_s=config.cache.flight_wait_s,
-                memory=self.memory,
-                breaker=self._store_breaker,
-                stats=self._stats,
-                tasks=self._side_tasks,
-            ),
+            durable=self._durable,
             stats=self._stats,
             tasks=self._side_tasks,
             engine=self.identity,
@@ -299,13 +311,19 @@ class EnhancedAsyncLLM(AsyncLLM):
             log=log,
             tasks=self._side_tasks,
             seat=self._seat,
+            used=self._durable.used,
+            verify=EngineVerifier(
+                add=super().add_request, abort=super().abort, tokenizer=self.get_tokenizer
+            ).same,
         )
 
     async def _add_enhanced_request(self, call: dict[str, Any]) -> EnhancedRequestOutputCollector:
         started = time.perf_counter()
         config, scope = self.handler_config, current_scope()
         if scope is None and not config.require_scope:
-            scope = RequestScope(namespace=config.namespace, reuse=config.cache.reuse)
+            scope = RequestScope(namespace=config.namespace)
+        if scope is not None:
+            scope = scope.under(self._policy(scope.namespace))
         planned = await self._planner.plan(call, scope=scope)
         delivery = RequestDelivery(
             request_id=call["request_id"],
@@ -351,7 +369,9 @@ class EnhancedAsyncLLM(AsyncLLM):
         parent = await super().add_request(**planned.call)
         delivery.internal_id = parent.request_id
         delivery.enrichment = self._flights.enrich(planned, delivery.scope)
-        return self._collector(planned, NativeSource(parent), delivery)
+        source = NativeSource(parent)
+        delivery.spoken = source.text
+        return self._collector(planned, source, delivery)
 
     def _from_memory(self, planned: RequestPlan, delivery: RequestDelivery) -> Reader | None:
         """Return a reader of a stored answer, if the memory tier has it."""
@@ -360,6 +380,7 @@ class EnhancedAsyncLLM(AsyncLLM):
             return None
         delivery.reused = Reused(answer=answer, provenance=Provenance.EXACT, tier="memory")
         self._stats.hit("memory", Provenance.EXACT)
+        self._durable.used(answer, delivery.scope)
         return Reader(
             replayed(answer, planned),
             request_id=delivery.request_id,
@@ -379,15 +400,22 @@ class EnhancedAsyncLLM(AsyncLLM):
         ]
 
     def _final_has_arrived(self, delivery: RequestDelivery) -> None:
-        """Analyse a reused answer where that was asked for and nobody has done it before."""
-        reused = delivery.source_of_reuse
-        if reused is None or not delivery.scope.analyse_answer or not reused.answer.completions:
+        """Enrich an answer where that was asked for and its flight does not do it."""
+        if not delivery.scope.analyse_answer:
             return
-        if ANSWER_NLP not in reused.answer.enrichments:
-            delivery.enrichment = EnrichmentRun(
+        reused = delivery.source_of_reuse
+        if reused is not None:
+            known = reused.answer.enrichments.keys() & {ANSWER_NLP, ANSWER_ENRICHMENTS}
+            completions = () if known else reused.answer.completions
+            text = completions[0].text if completions else ""
+        else:
+            text = delivery.spoken() if delivery.spoken is not None else ""
+        if text:
+            run = delivery.enrichment or EnrichmentRun(
                 self.enrichers,
                 None,
                 namespace=delivery.scope.namespace,
                 tasks=self._side_tasks,
             )
-            delivery.enrichment.analyse_answer(reused.answer.completions[0].text)
+            run.analyse_answer(text)
+            delivery.enrichment = run

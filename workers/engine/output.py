@@ -15,7 +15,8 @@ class EnhancedRequestOutput(RequestOutput):
             (``generated``, ``exact``, ``semantic`` or ``coalesced``). On the final one also
             ``similarity`` and ``source_answer_id`` (of a stored answer that was served),
             ``answer_id``, ``tier`` (``memory`` or ``store``), ``nlp_result``, ``similar``
-            (neighbours with scores), ``enrichments`` (of plug-ins), ``processing_time`` (seconds by
+            (neighbours with scores), ``enrichments`` (of plug-ins); of the answer, where asked,
+            ``answer_nlp_result`` and ``answer_enrichments``; ``processing_time`` (seconds by
             stage), ``errors`` (which enhancement failed, and why), ``disabled`` (which were off,
             and why) and ``not_reusable`` (why this answer is not stored).
     """

@@ -6,7 +6,7 @@ The engine imports no database, no queue and no spaCy. `workers.cache`, `workers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 from uuid import UUID
@@ -300,6 +300,21 @@ class FlightMarkers(Protocol):
         ...
 
 
+@runtime_checkable
+class ExtendsLives(Protocol):
+    """What a store may offer besides: more time for an answer that is still wanted."""
+
+    async def extend(self, namespace: str, answer_id: UUID, ttl_s: float) -> None:
+        """Let a live answer live for `ttl_s` seconds from now, if that is longer than it would.
+
+        Args:
+            namespace: Tenant.
+            answer_id: The answer; one that never expires goes on so.
+            ttl_s: Seconds.
+        """
+        ...
+
+
 class Considered(Protocol):
     """One neighbour that might have been served, and what was decided."""
 
@@ -337,6 +352,7 @@ class Reuser(Protocol):
         threshold: float | None = None,
         analysis: Analysis | None = None,
         vector: Vector | None = None,
+        verify: Callable[[str, str], Awaitable[bool]] | None = None,
     ) -> tuple[StoredAnswer | None, Sequence[Considered]]:
         """Return the answer of the nearest neighbour that may be given, and all looked at.
 
@@ -347,6 +363,8 @@ class Reuser(Protocol):
             threshold: Cosine from which a neighbour is considered; None takes the configured one.
             analysis: The prompt's analysis, if it has been made already.
             vector: The prompt's unit vector, shape [dimensions], if it has been made already.
+            verify: Has the last word on the asked and the stored prompt; None leaves it to the
+                rules.
         """
         ...
 

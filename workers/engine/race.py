@@ -8,11 +8,11 @@ others on the flight notice nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
-from schema.jobs import Provenance
+from schema.jobs import Provenance, Verify
 from workers.engine.breaker import Breaker
 from workers.engine.decisions import DecisionLog
 from workers.engine.delivery import RequestDelivery, Won
@@ -22,8 +22,27 @@ from workers.engine.notes import Reused
 from workers.engine.plan import RequestPlan
 from workers.engine.protocols import Considered, Decision, Reuser, StoredAnswer
 from workers.engine.replay import stream_of
+from workers.engine.scope import RequestScope
 from workers.engine.side_tasks import SideTasks
 from workers.engine.stats import EngineStats
+
+#: The rule named when an answer might have been given, and was found too late.
+TOO_LATE = "too_late"
+
+
+class _TooLate:
+    """A neighbour that the guard allowed when the request had begun to be answered.
+
+    Args:
+        found: The neighbour.
+    """
+
+    served = False
+    rule = TOO_LATE
+
+    def __init__(self, found: Considered) -> None:
+        self.answer_id = found.answer_id
+        self.similarity = found.similarity
 
 
 class Races:
@@ -36,6 +55,8 @@ class Races:
         log: Takes the decisions.
         tasks: Owner of the races.
         seat: Makes a reader known as the one of a request.
+        used: Told of each stored answer that is served.
+        verify: The served model's word on two prompts, for requests that ask for it.
     """
 
     def __init__(
@@ -47,6 +68,8 @@ class Races:
         log: DecisionLog,
         tasks: SideTasks,
         seat: Callable[[RequestDelivery, Reader], None],
+        used: Callable[[StoredAnswer, RequestScope], None],
+        verify: Callable[[str, str], Awaitable[bool]],
     ) -> None:
         self.breaker = Breaker("semantic")
         self._reuser = reuser
@@ -56,6 +79,8 @@ class Races:
         self._log = log
         self._tasks = tasks
         self._seat = seat
+        self._used = used
+        self._verify = verify
 
     def start(self, planned: RequestPlan, delivery: RequestDelivery, flight: Flight) -> None:
         """Look for a neighbour's answer while the flight flies.
@@ -65,7 +90,7 @@ class Races:
             delivery: Its delivery, which may adopt what is found.
             flight: That it has boarded.
         """
-        if self._config.shadow:
+        if delivery.scope.shadow:
             self._tasks.spawn(self._shadow(planned, delivery, flight), name="promptmill-shadow")
         else:
             delivery.race = self._tasks.spawn(
@@ -100,10 +125,15 @@ class Races:
 
         def served() -> None:
             self._stats.hit("store", Provenance.SEMANTIC)
+            self._used(answer, delivery.scope)
             self._record(delivery, considered)
             self._seat(delivery, source)
 
-        return Won(reused=reused, source=source, served=served)
+        def missed() -> None:
+            late = [_TooLate(item) if item.served else item for item in considered]
+            self._record(delivery, late)
+
+        return Won(reused=reused, source=source, served=served, missed=missed)
 
     async def _look(
         self, planned: RequestPlan, delivery: RequestDelivery, flight: Flight
@@ -127,6 +157,7 @@ class Races:
                     threshold=delivery.scope.threshold,
                     analysis=analysis,
                     vector=vector.vector,
+                    verify=self._verify if delivery.scope.verify == Verify.ENGINE else None,
                 ),
                 budget_s=self._config.budget_s,
             )
@@ -179,7 +210,7 @@ class Races:
                 similarity=item.similarity,
                 served=item.served,
                 rule=item.rule,
-                shadow=self._config.shadow,
+                shadow=bool(delivery.scope.shadow),
                 agreement=agreement if item.served else None,
                 own_answer_id=own.id if own is not None else None,
             )

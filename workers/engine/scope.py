@@ -12,15 +12,19 @@ that needs a namespace, a reuse policy or the provenance therefore enters a scop
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from schema.jobs import Reuse
+from schema.jobs import Reuse, Verify
 from schema.names import DEFAULT_NAMESPACE
+from workers.engine.config import ReusePolicy
 from workers.engine.protocols import Decision, StoredAnswer
+
+_LEFT_OPEN = ("reuse", "threshold", "ttl_s", "sliding_ttl", "shadow", "verify")
 
 _current: ContextVar[RequestScope | None] = ContextVar("promptmill_scope", default=None)
 
@@ -56,16 +60,30 @@ class RequestScope:
     """
 
     namespace: str = DEFAULT_NAMESPACE  # tenant; nothing stored crosses it
-    reuse: Reuse = Reuse.EXACT
+    reuse: Reuse | None = None  # None, here and below, is as configured for the namespace
     text: str | None = None  # what is analysed and compared; None is the prompt's own text
     context: bytes = b""  # digest of what must be equal for reuse by meaning (earlier turns, …)
-    threshold: float | None = None  # cosine for reuse by meaning; None is the configured one
-    ttl_s: float | None = None  # seconds the answer stays reusable; None is the configured time
+    threshold: float | None = None  # cosine for reuse by meaning
+    ttl_s: float | None = None  # seconds the answer stays reusable
+    sliding_ttl: bool | None = None  # whether a hit starts the answer's time anew
+    shadow: bool | None = None  # whether to decide on reuse by meaning, and yet generate
+    verify: Verify | None = None  # who has the last word on a neighbour
     tags: tuple[str, ...] = ()
     job_id: UUID | None = None
     analyse_answer: bool = False
     deferred: bool = False  # whoever opened the scope stores the answers; the engine does not
     report: RequestReport = field(default_factory=RequestReport, compare=False, repr=False)
+
+    def under(self, policy: ReusePolicy) -> RequestScope:
+        """Return this scope with what it leaves open filled in; its report stays the same.
+
+        Args:
+            policy: Of its namespace.
+        """
+        return dataclasses.replace(
+            self,
+            **{name: getattr(policy, name) for name in _LEFT_OPEN if getattr(self, name) is None},
+        )
 
     @contextlib.contextmanager
     def active(self) -> Iterator[RequestScope]:

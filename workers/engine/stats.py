@@ -58,6 +58,7 @@ class EngineStats:
         flights: int,
         side_tasks: int,
         breakers: Sequence[Breaker],
+        processes: Mapping[str, Mapping[str, Any]],
     ) -> dict[str, Any]:
         """Return everything as JSON types.
 
@@ -66,6 +67,7 @@ class EngineStats:
             flights: Generations under way that others can join.
             side_tasks: Tasks that run beside requests.
             breakers: Of the parts.
+            processes: Memory and processor time of this process and its children.
         """
         served = self.hits.total() + self.coalesced
         return {
@@ -83,5 +85,6 @@ class EngineStats:
             "side_tasks": side_tasks,
             "memory": {"entries": len(memory), "bytes": int(memory.size_bytes)},
             "failures": {breaker.name: breaker.failed for breaker in breakers},
+            "processes": {name: dict(used) for name, used in processes.items()},
             "left_alone": {breaker.name: breaker.skipped for breaker in breakers},
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +35,12 @@ NOT_NEAR_ENOUGH = "not_near_enough"
 
 #: The rule named when a neighbour's answer was withdrawn between look-up and reading.
 WITHDRAWN = "withdrawn"
+
+#: The rule named when the guard allows a pair and the served model does not.
+ENGINE = "engine"
+
+#: Says of the asked and the stored prompt whether they are the same.
+Verifier = Callable[[str, str], Awaitable[bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +134,7 @@ class Similarity:
         threshold: float | None = None,
         analysis: Analysis | None = None,
         vector: Vector | None = None,
+        verify: Verifier | None = None,
     ) -> tuple[StoredAnswer | None, list[Considered]]:
         """Find a stored answer that may be given to a prompt.
 
@@ -137,6 +145,7 @@ class Similarity:
             threshold: Cosine from which a neighbour is considered; None takes the configured one.
             analysis: The prompt's analysis, if it has been made already.
             vector: The prompt's unit vector, shape [dimensions], if it has been made already.
+            verify: Has the last word on a pair that the guard allows; None leaves it to the guard.
 
         Returns:
             The answer of the nearest neighbour that the guard allows, or None; and every
@@ -167,6 +176,9 @@ class Similarity:
                 continue
             stored = await _analysis_of(neighbour.prompt, answer.analysis, analyser)
             decided = _decide(refused, guard.check(asked, stored), least)
+            if decided.served and verify is not None and not await verify(text, neighbour.prompt):
+                detail = "the served model takes them for different"
+                decided = replace(refused, rule=ENGINE, detail=detail)
             considered.append(decided)
             if decided.served:
                 return answer, considered

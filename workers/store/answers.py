@@ -83,6 +83,13 @@ _TOUCH = text(
     """
 )
 
+_EXTEND = text(
+    """
+    UPDATE answers SET expires_at = greatest(expires_at, now() + make_interval(secs => :ttl_s))
+    WHERE namespace = :namespace AND id = :id AND tombstoned_at IS NULL AND expires_at > now()
+    """
+)
+
 _INVALIDATE = text(
     """
     WITH gone AS (
@@ -287,6 +294,21 @@ class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
             values = {"ids": list(hits), "times": list(hits.values())}
             async with self._database.connection() as connection:
                 await connection.execute(_TOUCH, values)
+
+    async def extend(self, namespace: str, answer_id: UUID, ttl_s: float) -> None:
+        """Let a live answer live for `ttl_s` seconds from now, if that is longer than it would.
+
+        Args:
+            namespace: Tenant.
+            answer_id: The answer; one that never expires goes on so.
+            ttl_s: Seconds.
+
+        Raises:
+            DatabaseUnavailableError: Postgres cannot be used now.
+        """
+        values = {"namespace": namespace, "id": answer_id, "ttl_s": ttl_s}
+        async with self._database.connection() as connection:
+            await connection.execute(_EXTEND, values)
 
     async def invalidate(
         self,

@@ -1,0 +1,110 @@
+"""Other kinds of requests than text from the model as it is: adapters, and vectors by `encode`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm import PoolingParams
+from vllm.lora.request import LoRARequest
+from vllm.outputs import PoolingRequestOutput
+
+from tests.engine.conftest import PLAIN, final_of, greedy, until
+from workers.bundled import bundled_model
+from workers.engine import EnhancedAsyncLLM, Parts
+from workers.store.answers import PostgresAnswers
+
+pytestmark = pytest.mark.engine
+
+RANK = 8
+
+
+def adapter(folder: Path, *, seed: int) -> Path:
+    """Write an adapter of random weights for the bundled model."""
+    config = json.loads((Path(bundled_model()) / "config.json").read_text())
+    size = config["hidden_size"]
+    noise = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
+        weights[f"{name}.lora_A.weight"] = torch.randn(RANK, size, generator=noise)
+        weights[f"{name}.lora_B.weight"] = torch.randn(size, RANK, generator=noise)
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": ["o_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def started(**kwargs: Any) -> EnhancedAsyncLLM:
+    """Start an engine of another kind than the one that the other tests share."""
+    common = {"max_model_len": 256, "enforce_eager": True, "dtype": "float32"}
+    model = str(bundled_model())
+    return EnhancedAsyncLLM(model=model, handler_config=PLAIN, **common, **kwargs)
+
+
+async def test_an_adapters_answer_is_its_own(tmp_path: Path) -> None:
+    """An engine of its own: with adapters vLLM 0.32 dies of a request for prompt logprobs."""
+    llm = started(enable_lora=True, max_lora_rank=RANK, max_loras=1)
+    try:
+        await adapted(llm, tmp_path)
+    finally:
+        await llm.aclose()
+
+
+async def adapted(plain: EnhancedAsyncLLM, tmp_path: Path) -> None:
+    one = LoRARequest("one", 1, str(adapter(tmp_path / "one", seed=1)))
+    prompt, params = "The capital of France is", greedy(6, ignore_eos=True)
+    bare = await final_of(plain, prompt, params)
+    first = await final_of(plain, prompt, params, lora_request=one)
+    assert not first.metadata["cached"]
+    assert first.text != bare.text
+    again = await final_of(plain, prompt, params, lora_request=one)
+    assert (again.metadata["cached"], again.text) == (True, first.text)
+    assert again.lora_request is one
+    # Known by its weights, not by its name or number.
+    copied = LoRARequest("copy", 3, str(adapter(tmp_path / "copy", seed=1)))
+    assert (await final_of(plain, prompt, params, lora_request=copied)).metadata["cached"]
+    other = LoRARequest("one", 2, str(adapter(tmp_path / "other", seed=2)))
+    changed = await final_of(plain, prompt, params, lora_request=other)
+    assert not changed.metadata["cached"]
+    assert changed.text != first.text
+    assert (await final_of(plain, prompt, params)).text == bare.text
+
+
+async def test_vectors_are_shared_stored_and_given_again(
+    answer_store: PostgresAnswers,
+) -> None:
+    """A pooling engine, through vLLM's own `encode`."""
+    llm = started(runner="pooling", convert="embed", parts=Parts(store=answer_store))
+
+    async def encoded(text: str, request_id: str) -> PoolingRequestOutput:
+        params = PoolingParams(task="embed")
+        return [output async for output in llm.encode(text, params, request_id)][-1]
+
+    try:
+        first, second = await asyncio.gather(*(encoded("A field", f"e{i}") for i in range(2)))
+        assert (first.request_id, second.request_id) == ("e0", "e1")
+        assert torch.equal(first.outputs.data, second.outputs.data)
+        assert first.outputs.data.norm() == pytest.approx(1, abs=1e-3)
+        assert (llm.stats()["generated"], llm.stats()["coalesced"]) == (1, 1)
+        again = await encoded("A field", "again")
+        assert llm.stats()["hits"] == {"exact/memory": 1}
+        await until(lambda: llm.stats()["side_tasks"] == 0)
+        llm.forget()
+        stored = await encoded("A field", "stored")
+        assert llm.stats()["hits"] == {"exact/memory": 1, "exact/store": 1}
+        for repeat in (again, stored):
+            assert type(repeat) is type(first)
+            assert torch.equal(repeat.outputs.data, first.outputs.data)
+            assert repeat.outputs.data.dtype == first.outputs.data.dtype
+            assert repeat.prompt_token_ids == first.prompt_token_ids
+        other = await encoded("A meadow", "other")
+        assert not torch.equal(other.outputs.data, first.outputs.data)
+    finally:
+        await llm.aclose()
