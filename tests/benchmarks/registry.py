@@ -17,10 +17,23 @@ class Benchmark:
     name: str
     about: str  # what it answers, in a few words
     most_s: float = 1800.0  # seconds after which it is given up
+    by_name: bool = False  # only run when named: it needs a registry, or takes long
 
 
 BENCHMARKS = (
     Benchmark(name="engine", about="the enhanced engine beside plain AsyncLLM"),
+    Benchmark(name="similarity", about="look-ups and hits by meaning among 100,000 answers"),
+    Benchmark(
+        name="against_gptcache",
+        about="a guarded hit beside GPTCache's (needs a registry)",
+        by_name=True,
+    ),
+    Benchmark(
+        name="million",
+        about="look-ups among a million made-up vectors",
+        most_s=7200.0,
+        by_name=True,
+    ),
     Benchmark(name="cached_jobs", about="jobs from the cache, through the whole queue"),
     Benchmark(name="sizes", about="cost against rows and against stored answers (a stand-in)"),
     Benchmark(name="start_up", about="`up` until it is ready, beside vLLM's own start"),
