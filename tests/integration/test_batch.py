@@ -7,6 +7,8 @@ import contextlib
 import gzip
 import json
 import os
+import re
+import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -350,7 +352,9 @@ async def test_an_output_that_cannot_be_written_is_refused_first(
     assert await client.jobs() == []
 
 
-def command(settings: Settings, *words: str, most_bytes: int | None = None) -> Any:
+def command(
+    settings: Settings, *words: str, most_bytes: int | None = None, stderr: int | None = None
+) -> Any:
     """Start the command ``batch run`` with these servers; no file may grow beyond `most_bytes`."""
     assert settings.database_url
     assert settings.redis_url
@@ -369,7 +373,7 @@ def command(settings: Settings, *words: str, most_bytes: int | None = None) -> A
         env=environment,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE if stderr is None else stderr,
     )
 
 
@@ -392,8 +396,47 @@ async def test_a_full_disk_leaves_what_is_safe(
     assert sorted(worker.ran) == sorted(f"r{n}" for n in range(40))
 
 
+async def test_progress_is_shown_to_people_and_to_nobody_else(
+    settings: Settings, worker: PlayedWorker, tmp_path: Path
+):
+    rows = [row(f"r{n}", temperature=0, usage={"completion_tokens": 7}) for n in range(30)]
+    rows += [{**rows[0], "custom_id": "again"}, row("bad", fail=True)]
+    source, target = write(tmp_path / "in", rows), str(tmp_path / "out")
+    shown, terminal = os.openpty()
+    process = await command(settings, source, "-o", target, stderr=terminal)
+    os.close(terminal)
+    read_all = asyncio.create_task(asyncio.to_thread(_read_terminal, shown))
+    async with asyncio.timeout(60):
+        await process.communicate()
+        screen = await read_all
+    assert process.returncode == 1
+    for words in ("32/32", "rows/s", "tokens/s", "3% from cache", "1 failed", "0:00:00"):
+        assert words in screen, screen[-2000:]
+    process = await command(settings, source, "-o", target, "--ordered")
+    async with asyncio.timeout(60):
+        _, said = await process.communicate()
+    (line,) = said.decode().splitlines()
+    assert line.startswith("32 rows in ")
+    assert "217 tokens, 3% from cache, which saved 7 tokens" in line
+    assert line.endswith("1 failed")
+
+
+def _read_terminal(shown: int) -> str:
+    parts = []
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(shown, 65536):
+            parts.append(part)
+    os.close(shown)
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", b"".join(parts).decode())
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 async def test_a_killed_run_goes_on_to_the_row(
-    settings: Settings, client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
+    settings: Settings,
+    client: AsyncJobClient,
+    worker: PlayedWorker,
+    tmp_path: Path,
+    stop: signal.Signals,
 ):
     source, target = write(tmp_path / "in", [row(f"r{n}") for n in range(80)]), tmp_path / "out"
     worker.most = 30
@@ -401,8 +444,11 @@ async def test_a_killed_run_goes_on_to_the_row(
     async with asyncio.timeout(60):
         while len(worker.ran) < 30 or not (tmp_path / "out.partial").exists():
             await asyncio.sleep(0.01)
-    process.kill()
-    await process.communicate()
+    process.send_signal(stop)
+    _, said = await process.communicate()
+    if stop == signal.SIGINT:
+        assert f"what is in {target}.partial is safe, and --resume goes on" in said.decode()
+        assert process.returncode == 130
     assert not target.exists()
     worker.most = None
     again = asyncio.create_task(worker.work())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from schema.errors import InvalidRequestError
+from schema.errors import InvalidFileError, InvalidRequestError, ServiceError
 from workers.cli.shared import (
     FAILED,
     Json,
@@ -122,7 +123,11 @@ def run(
     if errors is not None:
         check_output(errors)
     settings = settings_with()
-    with _worker(settings, start=not no_worker), _progress(source) as show:
+    with (
+        _resumable(output),
+        _worker(settings, start=not no_worker),
+        _progress(source) as show,
+    ):
         summary: BatchProgress = _with_client(
             settings, lambda client: run_batch(client, source, output, options, on_progress=show)
         )
@@ -255,11 +260,8 @@ def results(
 def _schema(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return None
-    from pathlib import Path
-
     import orjson
 
-    from schema.errors import InvalidFileError
     from workers.answer_schema import check_schema
 
     try:
@@ -325,6 +327,18 @@ def _worker(settings: Settings, *, start: bool) -> Iterator[None]:
         with waiting("starting a worker, since none runs") as told:
             stack.enter_context(devices.ensure_worker(settings, on_event=told))
         yield
+
+
+@contextlib.contextmanager
+def _resumable(output: str) -> Iterator[None]:
+    """Say, when a run ends before its end, what is safe and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, ServiceError):
+        partial = Path(f"{output}.partial")
+        if output != "-" and partial.exists():
+            say(f"what is in {partial} is safe, and --resume goes on from there")
+        raise
 
 
 @contextlib.contextmanager
