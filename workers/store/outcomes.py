@@ -111,7 +111,10 @@ class Outcomes(StorePart):
             return Finished(accepted=frozenset(), refused=frozenset())
         first = {outcome.job_id: outcome for outcome in reversed(outcomes)}
         values = _columns(list(first.values()))
-        async with self._database.transaction() as connection:
+        # With no answer to store it is one statement, which needs no begin and no commit.
+        alone = all(outcome.answer is None for outcome in outcomes)
+        lend = self._database.connection if alone else self._database.transaction
+        async with lend() as connection:
             accepted = frozenset((await connection.scalars(_FINISH, values)).all())
             answers = _answers(first, accepted)
             if answers:
