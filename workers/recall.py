@@ -27,9 +27,10 @@ from workers.store.records import ClaimedJob, Outcome
 if TYPE_CHECKING:
     from workers.engine.protocols import StoredAnswer
 
-#: Bytes of the results that are kept, by estimate.
+#: Bytes that all of it may take, by estimate: about as many answers as the memory tier has.
 _MOST_BYTES = 64 * 2**20
-_OVERHEAD_BYTES = 2_000
+_OVERHEAD_BYTES = 4_000
+_COPIES = 4  # of a result: as text, as values, its answer, and the text of the metadata
 #: Options under which the usual way does more than to give the answer.
 _UNUSUAL = ("stream", "analyse_answer", "sliding_ttl")
 
@@ -90,6 +91,11 @@ class _Known:
     metadata: dict[str, Any] = field(default_factory=dict)
     metadata_text: _Template | None = None
 
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory, by estimate."""
+        return _COPIES * self.result.bytes + _OVERHEAD_BYTES
+
 
 class Recall:
     """Answers repeats of requests from what was answered before.
@@ -101,7 +107,7 @@ class Recall:
     def __init__(self, engine: RemembersAnswers) -> None:
         self._engine = engine
         self._known: LRUCache[tuple[str, str, bytes], _Known] = LRUCache(
-            _MOST_BYTES, getsizeof=lambda known: known.result.bytes + _OVERHEAD_BYTES
+            _MOST_BYTES, getsizeof=lambda known: known.bytes
         )
 
     def note(self, job: ClaimedJob, outcome: Outcome) -> None:
@@ -133,7 +139,7 @@ class Recall:
             result=_Template(document),
             response_id=response_id,
         )
-        if known.result.bytes + _OVERHEAD_BYTES <= _MOST_BYTES:
+        if known.bytes <= _MOST_BYTES:
             self._known[key] = known
 
     def outcomes(self, jobs: Iterable[ClaimedJob]) -> dict[UUID, Outcome]:
