@@ -61,9 +61,10 @@ def until_ready(command: Sequence[str], environment: Mapping[str, str]) -> float
                 return time.perf_counter() - started
         raise RuntimeError(f"it ended with {process.wait()} and was never ready: {command}")
     finally:
-        process.send_signal(signal.SIGINT)
         if process.stdin is not None:
-            process.stdin.close()
+            process.stdin.close()  # ends vLLM's side
+        if command[1] == "-m":
+            process.send_signal(signal.SIGINT)
         try:
             process.wait(_MOST_S)
         finally:
