@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from schema.errors import BrokerUnavailableError, DatabaseUnavailableError
 from schema.jobs import JobState
-from schema.openai_batch import BadLine, BatchLine, error_line, id_digest, output_line
+from schema.openai_batch import BadLine, BatchLine, error_line, output_line
 from workers.batch_input import BatchInput, identity
 from workers.batch_order import beginning, stretches
 from workers.batch_output import BatchOutput
@@ -172,12 +172,8 @@ class _Run:
 
     def _wanted(self, stretch: list[BatchLine | BadLine]) -> list[BatchLine | BadLine]:
         self.progress.read += len(stretch)
-        kept = self._output.kept.digests
-        return [
-            line
-            for line in stretch
-            if isinstance(line, BadLine) or id_digest(line.custom_id) not in kept
-        ]
+        kept = self._output.kept
+        return [line for line in stretch if isinstance(line, BadLine) or line.custom_id not in kept]
 
     async def _submit(self, line: BatchLine | BadLine, place: int, group: list[JobSpec]) -> None:
         """Put a row under way, with a job of its own or as a further row of one that asks that."""

@@ -13,6 +13,8 @@ import gzip
 import os
 import shutil
 import sys
+from array import array
+from bisect import bisect_left
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,7 +30,7 @@ from workers import parquet
 from workers.batch_input import STANDARD, open_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Set
+    from collections.abc import Callable
 
 _FLUSH_BYTES = 1 << 20
 Redo = Literal["failed", "truncated"]
@@ -38,9 +40,19 @@ Redo = Literal["failed", "truncated"]
 class Kept:
     """What an earlier run left behind."""
 
-    digests: Set[int]  # of the rows that are answered
-    answered: int
+    digests: array[int]  # of the rows that are answered, sorted: 8 bytes each, where a set has 70
     failed: int  # of those answered, with an error
+
+    @property
+    def answered(self) -> int:
+        """How many rows are answered."""
+        return len(self.digests)
+
+    def __contains__(self, custom_id: str) -> bool:
+        """Whether a row is answered."""
+        digest = id_digest(custom_id)
+        place = bisect_left(self.digests, digest)
+        return place < len(self.digests) and self.digests[place] == digest
 
 
 class BatchOutput:
@@ -68,7 +80,7 @@ class BatchOutput:
     ) -> None:
         self.path = path
         self.batch_id: UUID = uuid4()
-        self.kept = Kept(digests=frozenset(), answered=0, failed=0)
+        self.kept = Kept(digests=array("Q"), failed=0)
         self._errors_path = errors
         self._apart: BinaryIO | None = None  # takes failed lines beside standard output
         self._unflushed = 0
@@ -246,7 +258,7 @@ def _tidy(path: Path, file: BinaryIO, again: Callable[[dict[str, Any]], bool] | 
     Lines about wrong input go too: they are written anew whenever the input is read. Kept lines
     only ever move towards the beginning, so that none is overwritten before it is read.
     """
-    digests: set[int] = set()
+    digests = array("Q")
     failed = place = 0
     with path.open("rb") as reader, path.open("r+b") as writer:
         for line in reader:
@@ -254,13 +266,13 @@ def _tidy(path: Path, file: BinaryIO, again: Callable[[dict[str, Any]], bool] | 
             if row is None or (again is not None and again(row)):
                 continue
             failed += _is_failed(row)
-            digests.add(id_digest(row["custom_id"]))
+            digests.append(id_digest(row["custom_id"]))
             writer.seek(place)
             writer.write(line)
             place += len(line)
         writer.flush()
     file.truncate(place)
-    return Kept(digests=digests, answered=len(digests), failed=failed)
+    return Kept(digests=array("Q", sorted(digests)), failed=failed)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
