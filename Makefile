@@ -13,11 +13,11 @@ export TOKENIZERS_PARALLELISM := false
 # GB. vLLM's default on the CPU is half of the memory, which the servers need too.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo test check docs soak bench clean
+.PHONY: help setup demo test test-long check docs soak bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## make .venv and the bundled model; once done it costs nothing (DEVICE=cpu|gpu)
 	@:
@@ -36,6 +36,9 @@ check: $(STAMP)  ## style and types
 
 test: check  ## every check: style, types, unit, integration, acceptance
 	@$(PYTHON) -m pytest
+
+test-long: $(STAMP)  ## the tests that take minutes each
+	@$(PYTHON) -m pytest -m long
 
 docs: $(STAMP)  ## build the documentation into site/; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict

@@ -36,7 +36,8 @@ class Post:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.device.name} ({self.model})" if self.model else self.device.name
+        model = self.served_model_name or self.model
+        return f"{self.device.name} ({model})" if model else self.device.name
 
     def settings(self, settings: Settings) -> Settings:
         """Return the settings as its worker is to read them.

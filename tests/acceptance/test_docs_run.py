@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -118,6 +119,8 @@ class Reader:
                 self.type(line)
         elif block.language == "yaml":
             yaml.safe_load(block.text)
+        elif block.language == "toml":
+            tomllib.loads(block.text)
         else:
             # Output, and formats that tests/unit/test_docs.py reads.
             assert block.language in {"text", "json", "sql"}, block.language

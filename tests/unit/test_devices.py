@@ -229,7 +229,7 @@ class TestFile:
         assert single.settings(settings).served_model_name is None
         assert single.settings(settings).model == "a/b"
         assert other.settings(settings).served_model_name == "e5"
-        assert other.name == "gpu3 (/models/e5)"
+        assert other.name == "gpu3 (e5)"
 
     def test_engine_arguments_alone(self, tmp_path: Path):
         path = self.write(tmp_path, "engine_args: {max_model_len: 512, dtype: null}")
