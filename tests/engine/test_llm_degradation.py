@@ -6,16 +6,22 @@ import asyncio
 import os
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.sampling_params import RequestOutputKind
 
 from schema.jobs import Reuse
-from tests.engine.conftest import Equip, final_of, greedy, joined, outputs_of, until
+from tests.engine.conftest import PLAIN, Equip, final_of, greedy, joined, outputs_of, until
+from workers import local
 from workers.engine import HandlerConfig, RequestScope
-from workers.engine.config import Features, NlpConfig, PluginConfig, RetryConfig
+from workers.engine.config import Features, NlpConfig, PluginConfig, RetryConfig, SimilarityConfig
+from workers.enrich.embedder import MiniLmEmbedder
 from workers.enrich.nlp import SpacyAnalyser
+from workers.store import schema_upgrade
+from workers.store.answers import PostgresAnswers
+from workers.store.database import Database
 
 pytestmark = pytest.mark.engine
 
@@ -119,6 +125,64 @@ async def test_a_plug_in_that_hangs_is_cut_and_the_others_work(equip: Equip) -> 
     again = await final_of(llm, "Three words here", greedy(3))
     assert again.metadata["cached"]
     assert again.metadata["enrichments"] == output.metadata["enrichments"]
+
+
+async def test_postgres_goes_and_comes_back(equip: Equip, tmp_path: Path) -> None:
+    """The server itself is stopped between two requests, and started again on its data."""
+    tmp_path.chmod(0o755)  # noqa: ASYNC240  the server may run as another user
+    running = local.start(tmp_path / "data")
+    schema_upgrade.upgrade(running.database_url)
+    database = Database(running.database_url)
+    try:
+        llm = equip(PLAIN, store=PostgresAnswers(database))
+        llm._store_breaker._rest_s = 0.1
+        kept = await final_of(llm, "Kept in Postgres", greedy(3))
+        assert kept.metadata["errors"] == {}
+        await until(lambda: llm.stats()["side_tasks"] == 0)
+        running.close(wait_s=30)
+        for number in range(4):
+            output = await final_of(llm, f"Gone {number}", greedy(3))
+            assert output.text
+            assert output.metadata["provenance"] == "generated"
+            assert "store" in output.metadata["errors"]
+        assert (await final_of(llm, "Kept in Postgres", greedy(3))).metadata["tier"] == "memory"
+        await until(lambda: llm.stats()["side_tasks"] == 0)
+        assert llm.stats()["failures"]["store"] >= 3
+        running = local.start(tmp_path / "data")
+        llm.forget()
+        async with asyncio.timeout(60):
+            while (await final_of(llm, "Kept in Postgres", greedy(3))).metadata["errors"]:
+                llm.forget()
+                await asyncio.sleep(0.1)
+        llm.forget()
+        again = await final_of(llm, "Kept in Postgres", greedy(3))
+        assert (again.metadata["tier"], again.text) == ("store", kept.text)
+    finally:
+        await database.aclose()
+        running.close(wait_s=30)
+
+
+async def test_an_embedder_without_its_model_costs_nothing_but_neighbours(
+    equip: Equip, answer_store: PostgresAnswers
+) -> None:
+    """Its process ends with an error each time that it is started."""
+    similarity = SimilarityConfig(embedder="no-such-model", budget_s=60)
+    embedder = MiniLmEmbedder(similarity)
+    config = HandlerConfig(
+        features=Features(nlp=False),
+        similarity=similarity,
+        enrichment_wait_s=60,
+        retry=RetryConfig(attempts=1),
+    )
+    llm = equip(config, embedder=embedder, store=answer_store)
+    output = await final_of(llm, "Without vectors", greedy(3))
+    assert output.text
+    assert "could not be loaded" in output.metadata["errors"]["similarity"]
+    assert llm.stats()["failures"]["embedder"] == 1
+    assert output.metadata["similar"] == []
+    await until(lambda: llm.stats()["side_tasks"] == 0)
+    assert (await final_of(llm, "Without vectors", greedy(3))).metadata["cached"]
+    await embedder.aclose()
 
 
 @pytest.mark.parametrize("reuse", [Reuse.EXACT, Reuse.OFF])

@@ -236,7 +236,7 @@ async def test_what_steers_a_request_reaches_the_core(
         assert getattr(seen[0], name) == value
     assert again.metadata["cached"] is (reuse == Reuse.EXACT)
     assert len(seen) == (1 if reuse == Reuse.EXACT else 2)
-    with pytest.raises(ValueError, match="data_parallel_rank 5"):
+    with pytest.raises(VLLMValidationError, match="data_parallel_rank 5"):
         await plain.add_request("rank", "Steered elsewhere", greedy(2), data_parallel_rank=5)
     assert plain.stats()["flights"] == 0
 
