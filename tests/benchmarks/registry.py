@@ -24,6 +24,11 @@ BENCHMARKS = (
     Benchmark(name="engine", about="the enhanced engine beside plain AsyncLLM"),
     Benchmark(name="similarity", about="look-ups and hits by meaning among 100,000 answers"),
     Benchmark(
+        name="reuse",
+        about="how often reuse by meaning is right (needs files of questions)",
+        by_name=True,
+    ),
+    Benchmark(
         name="against_gptcache",
         about="a guarded hit beside GPTCache's (needs a registry)",
         by_name=True,

@@ -42,12 +42,24 @@ ASKED_TWICE = (
     ("What is the best way to draw a {}?", "How do you draw a {}?"),
     ("Where can I buy a {}?", "Where can one buy a {}?"),
 )
-ASKED_ONCE = (
-    "What does {} mean?",
-    "Where does the word {} come from?",
-    "Write two sentences about {} for a child.",
-    "Which book should I read about {}, and why that one?",
-    "Explain {} as if it were the weather.",
+#: What is asked of two words at a time.
+ASKED = (
+    "What is the difference between {} and {}?",
+    "Why would anybody who likes {} need {}?",
+    "Write two sentences about {} and {} for a child.",
+    "How much {} does it take to make one {}?",
+    "Who first thought of putting {} next to {}?",
+    "Can I use {} when there is no {} in the house?",
+    "Which book on {} also says something of {}?",
+    "Is {} cheaper than {} these days?",
+    "Translate the words {} and {} into French.",
+    "My neighbour complains about {}. Shall I offer him {}?",
+    "List five facts about {}, and one about {}.",
+    "When did people begin to prefer {} to {}?",
+    "Explain {} in terms of {}.",
+    "Give me a recipe that needs {} but no {}.",
+    "What would a doctor say of {} after too much {}?",
+    "Tell a joke in which {} meets {}.",
 )
 
 
@@ -66,15 +78,20 @@ def words(count: int) -> list[str]:
     return known[:: max(1, len(known) // count)][:count]
 
 
-def prompts(count: int) -> list[str]:
-    """Return different prompts.
+def prompts(count: int, *, seed: int = 0) -> list[str]:
+    """Return different prompts on random things.
 
     Args:
         count: How many.
+        seed: Another gives others.
     """
-    templates = (*ASKED_ONCE, *(pair[0] for pair in ASKED_TWICE))
-    made = (template.format(word) for word in words(count) for template in templates)
-    return [prompt for prompt, _ in zip(made, range(count), strict=False)]
+    known = words(20_000)
+    choice = np.random.default_rng(seed).integers
+    made: dict[str, None] = {}
+    while len(made) < count:
+        one, other = (known[at] for at in choice(len(known), size=2))
+        made[ASKED[choice(len(ASKED))].format(one, other)] = None
+    return list(made)
 
 
 def embedded(texts: Sequence[str]) -> Vectors:

@@ -122,8 +122,7 @@ async def measure(database_url: str, answers: int) -> list[Figure]:
     print(f"embedding {answers:,} prompts…", file=sys.stderr)
     texts = prompts(answers)
     vectors = embedded(texts)
-    # What is looked up are other prompts, near to the stored ones as prompts are.
-    asked = embedded([f"Tell me about {word}, please." for word in words(LOOK_UPS)])
+    asked = embedded(prompts(LOOK_UPS, seed=1))
     generator = np.random.default_rng(0)
     owner = generator.choice(list(SHARES), size=len(texts), p=list(SHARES.values()))
     async with opened(database_url) as shelf:

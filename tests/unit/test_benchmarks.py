@@ -76,3 +76,38 @@ def test_made_files_hold_what_they_promise(tmp_path: Path) -> None:
     assert [len(rows) for rows in asked] == [100, 100]
     assert [len(set(rows)) for rows in asked] == [100, 70]
     assert not set(asked[0]) & set(asked[1])
+
+
+def test_those_that_need_more_run_only_when_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registry, or minutes: nobody is surprised by them."""
+    ran: list[str] = []
+    plain, special = (
+        Benchmark(name=name, about="a test", by_name=by_name)
+        for name, by_name in (("plain", False), ("special", True))
+    )
+
+    def measured(one: Benchmark, *, quick: bool) -> runner.Run:
+        del quick
+        ran.append(one.name)
+        return runner.Run(benchmark=one, seconds=0.0)
+
+    monkeypatch.setattr(runner, "BENCHMARKS", [plain, special])
+    monkeypatch.setattr(runner, "measured", measured)
+    output = ["--output", str(tmp_path / "benchmarks.json")]
+    assert runner.main(output) == 0
+    assert runner.main(["--only", "special", *output]) == 0
+    assert ran == ["plain", "special"]
+
+
+def test_made_up_prompts_are_different_and_the_same_each_time() -> None:
+    """Figures of two runs can be compared."""
+    from tests.benchmarks.shelf import prompts
+    from tests.benchmarks.similarity import pairs
+
+    assert prompts(500) == prompts(500)
+    assert len(set(prompts(500))) == 500
+    assert len({*prompts(500), *prompts(500, seed=1)}) > 900
+    assert len(set(pairs(60))) == 60
+    assert all(one != other for one, other in pairs(60))

@@ -1,0 +1,35 @@
+"""The benchmarks of look-ups at a tiny size: they run, and what they measure is right."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from tests.benchmarks import million, similarity
+from tests.benchmarks.figures import Figure
+
+
+def by_name(found: list[Figure]) -> dict[str, float]:
+    return {figure.name: figure.value for figure in found}
+
+
+def test_look_ups_and_hits(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "LOOK_UPS", 20)
+    monkeypatch.setattr(similarity, "HITS", 24)
+    found = by_name(asyncio.run(similarity.measure(database_url, 120)))
+    assert found["answers"] == 120
+    assert found["guarded_hit.served"] > 0.9
+    assert all(value == 1 for name, value in found.items() if name.endswith("recall"))
+    assert all(value > 0 for name, value in found.items() if name.endswith("_ms"))
+
+
+def test_made_up_vectors(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(million, "LOOK_UPS", 10)
+    vectors = million.points(600, seed=1)
+    owners = np.random.default_rng(3).choice(list(million.NAMESPACES), size=600)
+    ids = million.fill(database_url, vectors, owners)
+    took, recall = asyncio.run(million.look_ups(database_url, ids, vectors, owners))
+    assert set(recall.values()) == {1.0}
+    assert {len(times) for times in took.values()} == {10}
