@@ -243,7 +243,10 @@ class Admissions(StorePart):
             return Admission(inserted=frozenset(), known=frozenset(), refused=refused)
         values = _columns(unique, default_model=default_model, max_attempts=max_attempts)
         values |= {"sent": sent, "traceparent": traceparent}
-        async with self._database.transaction() as connection:
+        # A job alone is one statement: there is nothing to undo, so nothing to begin and to commit.
+        alone = len(unique) == 1
+        lend = self._database.connection if alone else self._database.transaction
+        async with lend() as connection:
             if queue_limit is not None:
                 await self._check_room(unique, values, queue_limit, connection)
             if windows is not None:
