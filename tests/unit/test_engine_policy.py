@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from schema.errors import ConfigurationError
+from schema.errors import ConfigurationError, InvalidRequestError
 from schema.jobs import Reuse, Verify
 from workers.engine import HandlerConfig, RequestScope
 from workers.runtime import engine_config
 from workers.settings import Settings, load_settings
+from workers.submission import build_spec
 
 WRITTEN = {
     "cache": {"ttl_s": 3600},
@@ -57,6 +60,30 @@ def test_a_worker_reads_the_file(written: Path, monkeypatch: pytest.MonkeyPatch)
     # What the worker itself decides is not lost by it.
     assert (config.require_scope, config.namespace) == (True, "mine")
     assert config.enrichment_wait_s == engine_config(Settings()).enrichment_wait_s == 1.0
+
+
+def test_what_a_job_says_reaches_the_engine() -> None:
+    from workers.answering import _scope_of
+
+    said = {
+        "reuse": "semantic",
+        "threshold": 0.9,
+        "ttl_s": 60.0,
+        "sliding_ttl": True,
+        "shadow": True,
+        "verify": "engine",
+        "tags": ["t"],
+    }
+    spec = build_spec("Why?", said)
+    job: Any = SimpleNamespace(namespace="faq", id=spec.id)
+    scope = _scope_of(job, spec.request, spec.options)
+    assert {name: getattr(scope, name) for name in said} == {**said, "tags": ("t",)}
+    nothing = build_spec("Why?", {}).options
+    assert _scope_of(job, spec.request, nothing).under(HandlerConfig().policy("faq")).reuse == (
+        Reuse.EXACT
+    )
+    with pytest.raises(InvalidRequestError, match=r"guard, engine, not 'engin'.*engine"):
+        build_spec("Why?", {"verify": "engin"})
 
 
 @pytest.mark.parametrize(
