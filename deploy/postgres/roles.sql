@@ -30,7 +30,10 @@ ALTER DEFAULT PRIVILEGES IN SCHEMA public
     GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO promptmill_worker;
 
 -- A producer submits, looks at, cancels and repeats jobs. Stored answers are none of its business.
-GRANT SELECT, INSERT, UPDATE ON jobs, batches TO promptmill_producer;
+-- It notes which consumer groups read results, and holds the broker's epoch still while it
+-- publishes, which asks for the right to update one column of it.
+GRANT SELECT, INSERT, UPDATE ON jobs, batches, result_groups TO promptmill_producer;
+GRANT SELECT, UPDATE (since) ON broker TO promptmill_producer;
 
 -- A reader looks.
 GRANT SELECT ON ALL TABLES IN SCHEMA public TO promptmill_reader;

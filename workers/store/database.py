@@ -90,7 +90,8 @@ def errors_become_ours(url: URL) -> Iterator[None]:
 
     Raises:
         DatabaseUnavailableError: Postgres is away, broke off, or had no connection free.
-        ConfigurationError: The tables are missing, or of another version.
+        ConfigurationError: The tables are missing, or of another version; or the role has not the
+            right to do it.
         InvalidRequestError: A value is of a kind that Postgres cannot hold.
     """
     try:
@@ -108,6 +109,12 @@ def errors_become_ours(url: URL) -> Iterator[None]:
             raise ConfigurationError(msg) from error
         if isinstance(cause, pg.InsufficientPrivilege):
             msg = f"the role may not do this at {place(url)} ({cause.diag.message_primary})"
+            raise ConfigurationError(msg) from error
+        if isinstance(cause, (pg.InsufficientPrivilege, pg.ReadOnlySqlTransaction)):
+            msg = (
+                f"this role may not do that at {place(url)} ({type(cause).__name__}); "
+                "deploy/postgres/roles.sql says who may do what"
+            )
             raise ConfigurationError(msg) from error
         if isinstance(error, exc.DataError):
             msg = f"Postgres cannot hold a value ({type(cause).__name__})"
