@@ -263,7 +263,11 @@ class ResultChannel:
             BrokerUnavailableError: Redis failed.
         """
         with broker_errors("dropping tokens"):
-            await self._redis.delete(names.tokens_stream(namespace, job_id))
+            # Trimmed and not deleted: ids go on from the last, so that whoever has a cursor of the
+            # first run finds the second behind it, were it written in the same millisecond.
+            await self._redis.xtrim(
+                names.tokens_stream(namespace, job_id), maxlen=0, approximate=False
+            )
 
     async def read_tokens(
         self,
