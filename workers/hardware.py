@@ -22,6 +22,10 @@ _CGROUP_USED = (
     Path("/sys/fs/cgroup/memory.current"),
     Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+_CGROUP_STATS = (
+    Path("/sys/fs/cgroup/memory.stat"),
+    Path("/sys/fs/cgroup/memory/memory.stat"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,10 @@ def available_memory_bytes() -> int:
     """Return the bytes of memory that are free, or would be if caches were dropped."""
     free = _meminfo("MemAvailable")
     limit, used = _number_in(_CGROUP_LIMITS), _number_in(_CGROUP_USED)
-    return max(0, min(free, limit - used)) if limit and used is not None else free
+    if not limit or used is None:
+        return free
+    # What only caches files is given up when somebody wants it.
+    return max(0, min(free, limit - used + _inactive_file_bytes()))
 
 
 def free_disk_bytes(folder: Path) -> int:
@@ -142,6 +149,15 @@ def _meminfo(name: str) -> int:
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
+    return 0
+
+
+def _inactive_file_bytes() -> int:
+    for path in _CGROUP_STATS:
+        with contextlib.suppress(OSError, ValueError):
+            for line in path.read_text(encoding="ascii").splitlines():
+                if line.startswith("inactive_file "):
+                    return int(line.split()[1])
     return 0
 
 

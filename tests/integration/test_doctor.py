@@ -337,8 +337,8 @@ def test_foreign_packages(
     else:
         (tmp_path / "workers").mkdir()
         (tmp_path / "workers/__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    found = doctor(3)["foreign packages"]
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    found = doctor(1)["foreign packages"]
     assert str(tmp_path) in found["found"]
     assert "uninstall" in found["remedy"]
     assert strangers.found([str(ROOT)]) == []
@@ -381,3 +381,17 @@ def test_a_check_that_fails_ends_no_other(doctor: Doctor, monkeypatch: pytest.Mo
 def test_a_producer_with_redis_alone_is_well(doctor: Doctor, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PROMPTMILL_DATABASE_URL")
     assert doctor(0) == {}
+
+
+def test_memory_that_caches_hold_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from workers import hardware
+
+    limit, used, stat = tmp_path / "max", tmp_path / "current", tmp_path / "stat"
+    limit.write_text("1000000000\n")
+    used.write_text("900000000\n")
+    stat.write_text("anon 100000000\ninactive_file 700000000\n")
+    monkeypatch.setattr(hardware, "_CGROUP_LIMITS", (tmp_path / "none", limit))
+    monkeypatch.setattr(hardware, "_CGROUP_USED", (used,))
+    monkeypatch.setattr(hardware, "_CGROUP_STATS", (stat,))
+    assert hardware.memory_bytes() == 10**9
+    assert hardware.available_memory_bytes() == 8 * 10**8

@@ -76,9 +76,9 @@ def foreign_packages(_settings: Settings) -> Iterator[Check]:
     """Does somebody else's ``schema`` or ``workers`` stand beside ours?"""
     paths = strangers.found()
     for path in paths:
-        yield error(
-            "foreign packages", f"{path} has the name of a package of ours", strangers.REMEDY
-        )
+        found = f"{path} has the name of a package of ours"
+        # Ours were found first, or this would not run; another start may find the other ones.
+        yield warning("foreign packages", found, strangers.REMEDY)
     if not paths:
         yield ok("foreign packages", "none is named schema or workers")
 
