@@ -46,7 +46,8 @@ def _page(found: Sizes) -> str:
 Made by `python -m tests.benchmarks.sizes --docs docs` on {len(os.sched_getaffinity(0))} cores,
 with Postgres and Valkey on the same machine and one worker. The engine is a **stand-in** that
 answers at once: these are the costs of all that is around vLLM, not of vLLM. `make bench` measures
-the same up to 100,000 rows.
+the same up to 100,000 rows. The rates are those of the machine as it was, which may have been busy
+with other things; the processor time is not, or hardly.
 
 ![Rows a second](img/{_IMAGE})
 
