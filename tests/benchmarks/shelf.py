@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
+import itertools
 import os
 import sys
 import tempfile
@@ -63,6 +65,17 @@ ASKED = (
 )
 
 
+#: Ways to put a prompt.
+FRAMES = (
+    "Please tell me: {}",
+    "I have a question. {}",
+    "{} Thank you.",
+    "Hello! {}",
+    "{} I need it for school.",
+    "Be honest with me. {}",
+)
+
+
 def words(count: int) -> list[str]:
     """Return common words of English, spread over the dictionary.
 
@@ -78,20 +91,34 @@ def words(count: int) -> list[str]:
     return known[:: max(1, len(known) // count)][:count]
 
 
-def prompts(count: int, *, seed: int = 0) -> list[str]:
+def prompts(count: int) -> list[str]:
     """Return different prompts on random things.
 
     Args:
         count: How many.
-        seed: Another gives others.
     """
+    return [ASKED[template].format(*things) for template, things in _topics(count)]
+
+
+def asked_otherwise(count: int) -> list[str]:
+    """Return the same number of prompts, each its counterpart in `prompts` in a few more words.
+
+    Args:
+        count: How many.
+    """
+    frames = itertools.cycle(FRAMES)
+    return [frame.format(prompt) for frame, prompt in zip(frames, prompts(count), strict=False)]
+
+
+@functools.cache
+def _topics(count: int) -> list[tuple[int, tuple[str, str]]]:
     known = words(20_000)
-    choice = np.random.default_rng(seed).integers
-    made: dict[str, None] = {}
+    choice = np.random.default_rng(0).integers
+    made: dict[tuple[str, str], int] = {}
     while len(made) < count:
         one, other = (known[at] for at in choice(len(known), size=2))
-        made[ASKED[choice(len(ASKED))].format(one, other)] = None
-    return list(made)
+        made[one, other] = int(choice(len(ASKED)))
+    return [(template, things) for things, template in made.items()]
 
 
 def embedded(texts: Sequence[str]) -> Vectors:
