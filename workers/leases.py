@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -103,10 +102,9 @@ class LeaseKeeper:
             raise RuntimeError(msg)
         holding = self._held[job.id] = Holding(job=job, task=task)
         timer = None
-        if job.deadline_at is not None:
-            left_s = job.deadline_at.timestamp() - time.time()
+        if job.left_s is not None:
             loop = asyncio.get_running_loop()
-            timer = loop.call_later(max(left_s, 0.0), holding.stop, Stopped.EXPIRED)
+            timer = loop.call_later(max(job.left_s, 0.0), holding.stop, Stopped.EXPIRED)
         try:
             yield holding
         finally:

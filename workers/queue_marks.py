@@ -6,7 +6,6 @@ with Redis' data, or in the hands of a worker that died.
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -57,20 +56,20 @@ async def living_workers(redis: Redis) -> dict[str, dict[str, Any]]:
     return workers
 
 
-async def oldest_live_message_at(redis: Redis) -> datetime | None:
+async def oldest_live_message_at(redis: Redis, now: float) -> datetime | None:
     """Return the moment before which every message written has left the queue for good.
 
     Args:
         redis: A client of redis-py's asyncio interface.
+        now: The present moment as Unix time by Postgres' clock, by which senders date messages.
 
     Returns:
-        A moment by the senders' clocks, now when nothing is alive; None when no worker lives, for
-        then nobody says which queues there are.
+        Such a moment, now when nothing is alive; None when no worker lives, for then nobody says
+        which queues there are.
 
     Raises:
         BrokerUnavailableError: Redis failed.
     """
-    now = time.time()
     workers = await living_workers(redis)
     if not workers:
         return None

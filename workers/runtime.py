@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from workers.settings import Settings
 
 _log = structlog.get_logger(__name__)
-_WATCH_S = 0.5
 _ANNOUNCE_S = 2.0
 #: Seconds a finished answer waits for its analysis. Whoever submits a job has gone away, and an
 #: answer without its analysis is worth less to him than this.
@@ -84,6 +82,7 @@ async def worker_runtime(
     from workers.publishing import Publisher
     from workers.recall import Recall
     from workers.slots import Slots
+    from workers.watchdog import Watchdog
 
     name = worker_name(model.name)
     async with AsyncExitStack() as stack:
@@ -123,12 +122,12 @@ async def worker_runtime(
         await _helpers(stack, settings, database, jobs, redis, endpoints, channel, publisher)
         _keep_up(stack, settings, database, answers)
         _listen(stack, redis, llm, leases)
-        for work, label in (
-            (_announce(redis, name, model.name, pipeline, llm), "announce"),
-            (_watch(llm, pipeline), "watch"),
-        ):
-            task = asyncio.create_task(work, name=f"promptmill-{label}")
-            stack.push_async_callback(_end, task)
+        announcing = _announce(redis, name, model.name, pipeline, llm)
+        task = asyncio.create_task(announcing, name="promptmill-announce")
+        stack.push_async_callback(_end, task)
+        watchdog = Watchdog(llm, pipeline, timeout_s=settings.engine_timeout_s)
+        watchdog.start()
+        stack.push_async_callback(watchdog.aclose)
         # What was loaded stays: looking through it again and again would stop the loop for 30 ms.
         gc.collect()
         gc.freeze()
@@ -219,6 +218,7 @@ async def _helpers(
     from workers.data_loss import DataLoss
     from workers.dispatch import Dispatcher
     from workers.recovery import Recovery
+    from workers.server_clock import ServerClock
     from workers.signals import DoneSignals
 
     connection = Connection(
@@ -230,12 +230,17 @@ async def _helpers(
         ledger=jobs,
     )
     sender = Sender(connection, settings)
+    clock = ServerClock(jobs)
+
+    async def oldest() -> datetime | None:
+        return await oldest_live_message_at(redis, await clock.now())
+
     recovery = Recovery(
         database=database,
         jobs=jobs,
         send=sender.send_again,
         publish=publisher.send,
-        oldest_live_message_at=lambda: oldest_live_message_at(redis),
+        oldest_live_message_at=oldest,
         data_loss=DataLoss(redis, jobs, keep_s=settings.result_ttl_s),
     )
     recovery.start()
@@ -313,17 +318,6 @@ async def _announce(redis: Redis, name: str, model: str, pipeline: Pipeline, llm
         except BrokerUnavailableError as exc:
             _log.warning("waiting for Redis", reason=str(exc))
         await asyncio.sleep(_ANNOUNCE_S)
-
-
-async def _watch(llm: EnhancedAsyncLLM, pipeline: Pipeline) -> None:
-    """End the process when vLLM's engine has died: only a new process gets a new engine."""
-    while not (llm.errored or pipeline.engine_died.is_set()):  # noqa: ASYNC110  vLLM sets no event
-        await asyncio.sleep(_WATCH_S)
-    _log.error("vLLM's engine is dead; this worker ends and is to be started anew")
-    pipeline.engine_died.set()
-    # Jobs in flight give themselves back as suspects first.
-    await pipeline.idle(timeout_s=5.0)
-    os.kill(os.getpid(), signal.SIGQUIT)  # Celery's cold shutdown: messages go back to the queue
 
 
 async def _end(task: asyncio.Task[None]) -> None:

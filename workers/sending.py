@@ -19,6 +19,7 @@ from schema.refusal import did_you_mean
 from workers import registry, windows
 from workers.cursors import START
 from workers.endpoints import BUNDLED, served_name
+from workers.server_clock import ServerClock
 from workers.streams import broker_errors
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Sender:
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self._connection = connection
         self._settings = settings
+        self._clock = ServerClock(connection.ledger)
         self._served: frozenset[str] = frozenset()
         self._served_until = 0.0
         self._windows: dict[str, tuple[int, float]] = {}  # and until when each is believed
@@ -131,11 +133,12 @@ class Sender:
                 messages.append((route, group))
                 del groups[route]
         messages += groups.items()
+        now = await self._clock.now()
         await self._push(
             [
                 (
                     route,
-                    wire.JobMessage(namespace=route.namespace, sent_at=time.time(), ids=tuple(ids)),
+                    wire.JobMessage(namespace=route.namespace, sent_at=now, ids=tuple(ids)),
                 )
                 for route, ids in messages
             ]
@@ -146,7 +149,7 @@ class Sender:
         if ledger is None:
             await self._check_room(jobs, model)
             cursors = await self._ends(jobs)
-            await self._push(self._messages(jobs, model, full=True))
+            await self._push(self._messages(jobs, model, full=True, now=time.time()))
             return Sent(known=frozenset(), cursors=cursors)
         admitted = await ledger.admit(
             jobs,
@@ -162,7 +165,10 @@ class Sender:
         # The rows stand: whatever becomes of Redis now, recovery sends the messages that are
         # missing. Telling the caller would make it submit what was accepted.
         with contextlib.suppress(BrokerUnavailableError):
-            await self._push(self._messages(list(fresh.values()), model, full=False))
+            messages = self._messages(
+                list(fresh.values()), model, full=False, now=await self._clock.now()
+            )
+            await self._push(messages)
         return Sent(known=admitted.known, cursors={})
 
     async def _window(self, model: str) -> int:
@@ -177,14 +183,14 @@ class Sender:
         return known
 
     def _messages(
-        self, jobs: Iterable[JobSpec], model: str, *, full: bool
+        self, jobs: Iterable[JobSpec], model: str, *, full: bool, now: float
     ) -> list[tuple[wire.Route, wire.JobMessage]]:
         messages = []
         for route, group in wire.grouped(jobs, model=model, limit=self._settings.message_jobs):
             what: dict[str, Any] = (
                 {"jobs": tuple(group)} if full else {"ids": tuple(job.id for job in group)}
             )
-            message = wire.JobMessage(namespace=route.namespace, sent_at=time.time(), **what)
+            message = wire.JobMessage(namespace=route.namespace, sent_at=now, **what)
             messages.append((route, message))
         return messages
 

@@ -38,6 +38,7 @@ def claimed(request: dict[str, Any], **options: Any) -> ClaimedJob:
         max_attempts=3,
         crashes=0,
         deadline_at=None,
+        left_s=None,
         batch_id=None,
         custom_id=None,
         cancel_requested=False,

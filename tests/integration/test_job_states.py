@@ -96,6 +96,7 @@ class Jobs(RuleBasedStateMachine):
             model = self.model[job_id]
             over = model.cancel_requested or model.late
             if model.state == JobState.QUEUED and (model.due or over):
+                over = over or model.crashes >= MAX_CRASHES
                 model.attempts += 0 if over else 1
             elif model.running and model.lease_ended:
                 model.crashes += 1

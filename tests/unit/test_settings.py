@@ -23,7 +23,7 @@ def test_everything_has_a_default() -> None:
     assert settings.database_url is None
     assert settings.redis_url is None
     assert settings.model is None
-    assert (settings.lease_s, settings.heartbeat_s, settings.max_attempts) == (15.0, 5.0, 3)
+    assert (settings.lease_s, settings.heartbeat_s, settings.max_attempts) == (10.0, 10.0 / 3, 3)
     assert settings.data_dir.is_absolute()
 
 

@@ -51,12 +51,13 @@ _CLAIM = text(
         SELECT id, state = 'running' AS taken_over,
                CASE WHEN cancel_requested THEN 'cancelled'
                     WHEN deadline_at <= now() THEN 'expired'
-                    WHEN state = 'running' AND crashes + 1 >= :max_crashes THEN 'failed'
+                    WHEN crashes + CASE state WHEN 'running' THEN 1 ELSE 0 END >= :max_crashes
+                         THEN 'failed'
                     ELSE 'running' END AS next
         FROM jobs
         WHERE id = ANY(CAST(:ids AS uuid[]))
           AND (:suspects OR state = 'queued' AND crashes = 0
-               OR cancel_requested OR deadline_at <= now())
+               OR crashes >= :max_crashes OR cancel_requested OR deadline_at <= now())
           AND (state = 'queued' AND (available_at <= now() OR cancel_requested
                                      OR deadline_at <= now())
                OR state = 'running' AND lease_until < now())
@@ -79,6 +80,7 @@ _CLAIM = text(
     FROM candidate
     WHERE jobs.id = candidate.id
     RETURNING model, priority, request, attempts, max_attempts, crashes, deadline_at,
+              CAST(extract(epoch FROM deadline_at - now()) AS float8) AS left_s,
               cancel_requested, created_at, traceparent, jobs.id, namespace, channel, options,
               state, token, custom_id, batch_id, finished_at, error, result
     """
@@ -336,6 +338,7 @@ def _claimed(row: RowMapping) -> ClaimedJob:
         max_attempts=row["max_attempts"],
         crashes=row["crashes"],
         deadline_at=row["deadline_at"],
+        left_s=row["left_s"],
         batch_id=row["batch_id"],
         custom_id=row["custom_id"],
         cancel_requested=row["cancel_requested"],

@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 
 import orjson
@@ -19,9 +19,14 @@ from redis.exceptions import RedisError
 
 from schema import names
 from tests.acceptance.faults import scripted_worker
+from tests.acceptance.faults.doors import Door
 from tests.acceptance.faults.workers_of_a_run import ScriptedWorkers
 from workers.local import LocalStack
 
+_CUT_S = (1.0, 6.0)
+_AWAY_S = 60.0
+_LONG_RUN_S = 600.0
+_MOST_WRONG_CLOCK_S = 7200.0
 #: The supervisor gives a server up that ends more than five times in a minute.
 _SERVER_FAULTS_APART_S = 15.0
 _POISON = (
@@ -43,6 +48,7 @@ class Faults:
         redis: A client of the embedded Valkey.
         workers: The scripted workers.
         crash_folder: Where workers look for the point to die at.
+        doors: The ways to the servers, by name.
         freeze_s: Seconds that a frozen worker stands still; longer than a lease.
     """
 
@@ -54,6 +60,7 @@ class Faults:
         redis: Redis,
         workers: ScriptedWorkers,
         crash_folder: Path,
+        doors: Mapping[str, Door],
         freeze_s: float,
     ) -> None:
         self._random = random.Random(seed)  # noqa: S311  no secret
@@ -62,8 +69,9 @@ class Faults:
         self._workers = workers
         self._crash_folder = crash_folder
         self._freeze_s = freeze_s
+        self._doors = doors
         self._server_fault_at = float("-inf")
-        self._thawing: set[asyncio.Task[None]] = set()
+        self._mending: set[asyncio.Task[None]] = set()
         self.done: Counter[str] = Counter()
         self.data_losses = 0
         self.poisoned = 0
@@ -80,6 +88,12 @@ class Faults:
             ("worker stopped (SIGTERM)", lambda: self._hit(signal.SIGTERM)),
             ("worker frozen past its lease", self._freeze),
             ("poisoned message", self._poison),
+            ("workers' clocks jump", self._let_clocks_jump),
+            *((f"{name} cut off", self._cutter(name, _CUT_S)) for name in doors),
+            *((f"{name} silent", self._blocker(name)) for name in doors),
+            ("engine dies", self._crasher(scripted_worker.ENGINE_DIES)),
+            ("engine hangs", self._crasher(scripted_worker.ENGINE_HANGS)),
+            ("event loop stands still", self._crasher(scripted_worker.LOOP_STANDS)),
             *(
                 (f"worker dies {point.replace('-', ' ')}", self._crasher(point))
                 for point in (
@@ -93,6 +107,11 @@ class Faults:
     async def run(self, seconds: float) -> None:
         """Go on for so long; the servers and workers are whole again some time after."""
         end = time.monotonic() + seconds
+        if seconds >= _LONG_RUN_S:
+            self._servers += [
+                (f"{name} away for a minute", self._cutter(name, (_AWAY_S, _AWAY_S)))
+                for name in self._doors
+            ]
         server_turn, other_turn = self._shuffled(self._servers), self._shuffled(self._others)
         while time.monotonic() < end:
             await asyncio.sleep(self._random.uniform(0.5, 2.5))
@@ -104,7 +123,7 @@ class Faults:
             name, act = turn.pop()
             if await act():
                 self.done[name] += 1
-        await asyncio.gather(*self._thawing)
+        await asyncio.gather(*self._mending)
 
     def _shuffled(
         self, kinds: list[tuple[str, Callable[[], Awaitable[bool]]]]
@@ -128,7 +147,47 @@ class Faults:
             with contextlib.suppress(ProcessLookupError):
                 self._workers.signal(pid, signal.SIGCONT)
 
-        self._thawing.add(asyncio.create_task(thaw()))
+        self._later(thaw())
+        return True
+
+    def _cutter(self, name: str, seconds: tuple[float, float]) -> Callable[[], Awaitable[bool]]:
+        async def cut() -> bool:
+            door, length = self._doors[name], self._random.uniform(*seconds)
+            if not door.whole:
+                return False
+            door.shut()
+
+            async def mend() -> None:
+                await asyncio.sleep(length)
+                door.open()
+
+            self._later(mend())
+            return True
+
+        return cut
+
+    def _blocker(self, name: str) -> Callable[[], Awaitable[bool]]:
+        async def block() -> bool:
+            door, length = self._doors[name], self._random.uniform(*_CUT_S)
+            if not door.whole:
+                return False
+            door.block()
+
+            async def mend() -> None:
+                await asyncio.sleep(length)
+                door.unblock()
+
+            self._later(mend())
+            return True
+
+        return block
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        self._mending.add(asyncio.create_task(work))
+
+    async def _let_clocks_jump(self) -> bool:
+        off_s = self._random.uniform(-_MOST_WRONG_CLOCK_S, _MOST_WRONG_CLOCK_S)
+        (self._crash_folder / scripted_worker.CLOCK).write_text(str(off_s))
         return True
 
     def _crasher(self, point: str) -> Callable[[], Awaitable[bool]]:

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from schema import names
 from schema.errors import ServiceError
+from tests.acceptance.faults.doors import Door
 from tests.acceptance.faults.faults import Faults
 from tests.acceptance.faults.scripted_worker import CRASH_FOLDER, MODEL
 from tests.acceptance.faults.traffic import AWAY_S, Consumers, Producer
@@ -19,7 +21,7 @@ from workers import endpoints
 from workers.aio_client import AsyncJobClient
 from workers.connection import open_redis
 from workers.settings import load_settings
-from workers.store.database import Database
+from workers.store.database import Database, parse_url
 
 WORKERS = 3
 LEASE_S = 4.0
@@ -85,10 +87,15 @@ async def run(
     found = await asyncio.to_thread(endpoints.find, base)
     assert found.stack is not None
     assert found.database_url is not None
+    doors = {"Postgres": Door(_postgres_socket(found)), "Redis": Door(_redis_socket(found))}
+    ports = {name: await door.start() for name, door in doors.items()}
+    database_url = f"postgresql://promptmill@127.0.0.1:{ports['Postgres']}/promptmill"
+    redis_url = f"redis://127.0.0.1:{ports['Redis']}/0"
     environment = {
         CRASH_FOLDER: str(crash_folder),
-        "PROMPTMILL_DATABASE_URL": found.database_url,
-        "PROMPTMILL_REDIS_URL": found.redis_url,
+        "PROMPTMILL_DATABASE_URL": database_url,
+        "PROMPTMILL_REDIS_URL": redis_url,
+        "PROMPTMILL_ENGINE_TIMEOUT_S": "4",
         "PROMPTMILL_SERVED_MODEL_NAME": MODEL,
         "PROMPTMILL_LEASE_S": str(LEASE_S),
         "PROMPTMILL_DRAIN_S": "3",
@@ -96,7 +103,12 @@ async def run(
         "PROMPTMILL_MESSAGE_JOBS": "16",
     }
     workers = ScriptedWorkers(count=WORKERS, environment=environment, log=log)
-    settings = base.model_copy(update={"message_jobs": 16})
+    settings = load_settings(
+        database_url=database_url,
+        redis_url=redis_url,
+        served_model_name=MODEL,
+        message_jobs=16,
+    )
     redis = open_redis(found.redis_url)
     database = Database(found.database_url, pool_size=2)
     try:
@@ -111,6 +123,7 @@ async def run(
                 redis=redis,
                 workers=workers,
                 crash_folder=crash_folder,
+                doors=doors,
                 freeze_s=_FREEZE_S,
             )
             async with consumers.running():
@@ -127,6 +140,8 @@ async def run(
         dead = await redis.llen(names.DEAD_LETTERS)
     finally:
         await workers.stop()
+        for door in doors.values():
+            await door.stop()
         await redis.aclose()
         await database.aclose()
         await asyncio.to_thread(found.stack.close, wait_s=30)
@@ -147,6 +162,14 @@ async def run(
         settled=settled,
         log=log,
     )
+
+
+def _postgres_socket(found: endpoints.Endpoints) -> Path:
+    return Path(str(parse_url(found.database_url or "").query["host"])) / ".s.PGSQL.5432"
+
+
+def _redis_socket(found: endpoints.Endpoints) -> Path:
+    return Path(unquote(found.redis_url.removeprefix("unix://")))
 
 
 async def _settle(database: Database, consumers: Consumers, say: Callable[[str], None]) -> bool:

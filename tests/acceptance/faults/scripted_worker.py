@@ -23,6 +23,7 @@ import random
 import selectors
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,11 +36,18 @@ BEFORE_PUBLISH = "before-publish"  # between the commit and the publication
 BEFORE_MARK = "before-mark"  # between the publication and the note of it
 BEFORE_ACKNOWLEDGE = "before-acknowledge"  # between all that and the acknowledgement
 ENDLESS = "endless"  # how a prompt begins whose answer never comes
+ENGINE_DIES = "engine-dies"
+ENGINE_HANGS = "engine-hangs"
+LOOP_STANDS = "loop-stands"
+#: File in that folder that says by how many seconds workers' wall clocks are wrong.
+CLOCK = "clock"
+KILLER = "kill"  # how a prompt begins with which the engine dies
 REFUSED = "refuse"  # how a prompt begins that the engine does not take
 #: Longest time an answer takes, in seconds.
 SLOWEST = "PROMPTMILL_TEST_SLOWEST_S"
 _SLOWEST_S = float(os.environ.get(SLOWEST, "0.25"))
 _LOOK_S = 0.1
+_STANDS_S = 30.0  # longer than the watchdog waits
 _PR_SET_PDEATHSIG = 1
 _IMPORTED = (
     "celery.apps.worker",
@@ -68,7 +76,20 @@ def scripted_answer(prompt: str) -> str:
 class ScriptedEngine:
     """As much of vLLM's engine as workers touch."""
 
-    errored = False
+    def __init__(self) -> None:
+        self._gone = asyncio.Event()
+        self._hung = False
+
+    @property
+    def errored(self) -> bool:
+        """Whether it is dead."""
+        return self._gone.is_set()
+
+    async def is_sleeping(self) -> bool:
+        """Answer, unless it hangs."""
+        if self._hung:
+            await asyncio.Event().wait()
+        return False
 
     async def generate(self, prompt: str, _params: Any, request_id: str) -> AsyncIterator[Any]:
         """Yield the one answer."""
@@ -77,9 +98,13 @@ class ScriptedEngine:
         from workers.engine.output import EnhancedRequestOutput
         from workers.engine.scope import ReportEntry, current_scope
 
-        await asyncio.sleep(random.uniform(0.0, _SLOWEST_S))  # noqa: S311  no secret
-        if prompt.startswith(ENDLESS):
-            await asyncio.Event().wait()
+        if prompt.startswith(KILLER) or _asked_for(ENGINE_DIES):
+            self._gone.set()
+        self._hung = self._hung or _asked_for(ENGINE_HANGS)
+        if _asked_for(LOOP_STANDS):
+            time.sleep(_STANDS_S)  # noqa: ASYNC251  that is the fault
+        endless = prompt.startswith(ENDLESS)
+        await self._think(None if endless else random.uniform(0.0, _SLOWEST_S))  # noqa: S311  no secret
         if prompt.startswith(REFUSED):
             msg = "the scripted engine does not take this prompt"
             raise ValueError(msg)
@@ -104,6 +129,15 @@ class ScriptedEngine:
         entry = ReportEntry(request_id=request_id, metadata={}, answer=None, stored=False)
         scope.report.entries.append(entry)
         yield EnhancedRequestOutput.of(output, {})
+
+    async def _think(self, seconds: float | None) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._gone.wait(), seconds)
+            raise EngineDeadError
+        if self._hung:
+            await asyncio.Event().wait()
 
     def stats(self) -> dict[str, Any]:
         """Nothing to tell."""
@@ -137,14 +171,39 @@ async def _start_engine(*_: Any) -> tuple[Any, Any]:
     return ScriptedEngine(), ScriptedHandlers()
 
 
+def _asked_for(point: str) -> bool:
+    folder = os.environ.get(CRASH_FOLDER)
+    if folder is None:
+        return False
+    try:
+        # Whoever removes the file is the one that is meant.
+        (Path(folder) / point).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _die_at(point: str) -> None:
+    if _asked_for(point):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _let_clock_jump() -> None:
+    """Have Python's wall clock be wrong by what a file says; done before anything imports it."""
     folder = os.environ.get(CRASH_FOLDER)
     if folder is None:
         return
-    # Whoever removes the file is the one that dies.
-    with contextlib.suppress(FileNotFoundError):
-        (Path(folder) / point).unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
+    file, right, looked_at, off_s = Path(folder) / CLOCK, time.time, 0.0, 0.0
+
+    def wrong() -> float:
+        nonlocal looked_at, off_s
+        if (now := time.monotonic()) - looked_at > _LOOK_S:
+            looked_at = now
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                off_s = float(file.read_text())
+        return right() + off_s
+
+    time.time = wrong
 
 
 def _set_crash_points() -> None:
@@ -223,6 +282,7 @@ def main(log_path: str) -> None:
     def say(line: str) -> None:
         os.write(out, f"{line}\n".encode())
 
+    _let_clock_jump()
     _import_all()
     _set_crash_points()
     gc.collect()
