@@ -59,7 +59,7 @@ class ClaimedJob:
     max_attempts: int
     crashes: int  # engines or processes that died with it in flight
     deadline_at: datetime | None
-    left_s: float | None  # until the deadline, at the moment of the claim
+    left_s: float | None = None  # until the deadline, at the moment of the claim
     batch_id: UUID | None
     custom_id: str | None
     cancel_requested: bool
