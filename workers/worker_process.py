@@ -27,8 +27,8 @@ FAMILY = "PROMPTMILL_FAMILY"
 #: Seconds beyond the drain that a worker's engine has to end.
 STOP_GRACE_S = 15.0
 _LAST_WORDS = 40  # lines of a dead worker that are shown
-_QUICK_DEATH_S = 60.0  # a worker that lived shorter failed at its start
-_MOST_QUICK_DEATHS = 3
+_QUICK_DEATH_S = 60.0  # a worker that lived shorter is not started anew at once
+_MOST_FAILED_STARTS = 3
 _BACKOFF_S = (0.0, 1.0, 5.0)
 _GONE_S = 5.0  # a killed process may take so long to be gone
 _LOOK_S = 0.02
@@ -96,7 +96,7 @@ class WorkerProcess:
         return self._thread is not None and self._thread.is_alive()
 
     def _watch(self) -> None:
-        quick_deaths = 0
+        quick_deaths = failed_starts = 0
         while not self._stopping.is_set():
             started = time.monotonic()
             self.took_jobs = False
@@ -105,10 +105,11 @@ class WorkerProcess:
             if self._stopping.is_set():
                 return
             lived_s = time.monotonic() - started
-            # One that never took a job failed at its start, however long that took.
-            failed = lived_s < _QUICK_DEATH_S or not was_ready
-            quick_deaths = quick_deaths + 1 if failed else 0
-            if quick_deaths >= _MOST_QUICK_DEATHS or (code == 2 and not self.ready.is_set()):
+            # One that took jobs can start. It is never given up: a job that kills engines dies with
+            # several of them before it is set aside.
+            failed_starts = 0 if was_ready else failed_starts + 1
+            quick_deaths = quick_deaths + 1 if lived_s < _QUICK_DEATH_S else 0
+            if failed_starts >= _MOST_FAILED_STARTS or (code == 2 and not self.ready.is_set()):
                 words = "\n".join(["; its last words:", *self.last_words])
                 # Whoever waits for the first start is told them by the error that he gets.
                 self.on_event(

@@ -105,6 +105,20 @@ def test_a_worker_that_does_not_end_is_killed(make: Callable[[str], WorkerProces
     assert not worker.given_up.is_set()
 
 
+def test_one_that_took_jobs_is_started_anew_however_often_it_dies(
+    make: Callable[[str], WorkerProcess],
+) -> None:
+    worker = make(f"print({READY!r}, flush=True)")
+    lives: set[int] = set()
+
+    def lived_often() -> bool:
+        lives.add(worker.process.pid if worker.process else 0)
+        return len(lives - {0}) > 3
+
+    until(lived_often)
+    assert not worker.given_up.is_set()
+
+
 def test_one_that_dies_again_and_again_at_its_start_is_given_up(
     make: Callable[[str], WorkerProcess],
 ) -> None:
