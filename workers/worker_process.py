@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -32,6 +33,8 @@ _MOST_FAILED_STARTS = 3
 _BACKOFF_S = (0.0, 1.0, 5.0)
 _GONE_S = 5.0  # a killed process may take so long to be gone
 _LOOK_S = 0.02
+_SAY_AGAIN_S = 30.0
+_WAITS = re.compile(r"waiting for (Postgres|Redis)")
 
 
 @dataclass
@@ -54,6 +57,7 @@ class WorkerProcess:
     last_words: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_WORDS))
     process: subprocess.Popen[str] | None = None
     took_jobs: bool = False  # in its present life
+    _said_at: dict[str, float] = field(default_factory=dict)
     _family: str = ""
     _stopping: threading.Event = field(default_factory=threading.Event)
     # Held while a process is started or signalled: none may start after the word to stop.
@@ -180,6 +184,15 @@ class WorkerProcess:
                     self.on_event(f"worker on {self.name} is ready")
                 else:
                     self.last_words.append(line.rstrip())
+                    if waits := _WAITS.search(line):
+                        self._say_that_it_waits(waits[1])
+
+    def _say_that_it_waits(self, server: str) -> None:
+        # Each of its jobs says so.
+        now = time.monotonic()
+        if now - self._said_at.get(server, float("-inf")) >= _SAY_AGAIN_S:
+            self._said_at[server] = now
+            self.on_event(f"worker on {self.name} waits for {server}")
 
 
 def _end_family(leader: int, mark: str) -> None:

@@ -46,7 +46,13 @@ def gone(pid: int) -> bool:
 
 
 @pytest.fixture
-def make() -> Iterator[Callable[[str], WorkerProcess]]:
+def events() -> list[str]:
+    """What was told of workers."""
+    return []
+
+
+@pytest.fixture
+def make(events: list[str]) -> Iterator[Callable[[str], WorkerProcess]]:
     """Makes workers of a script; they are ended afterwards."""
     made: list[WorkerProcess] = []
 
@@ -55,7 +61,7 @@ def make() -> Iterator[Callable[[str], WorkerProcess]]:
             name="test",
             command=[sys.executable, "-c", script],
             environment=os.environ,
-            on_event=lambda _: None,
+            on_event=events.append,
         )
         made.append(worker)
         worker.start()
@@ -103,6 +109,17 @@ def test_a_worker_that_does_not_end_is_killed(make: Callable[[str], WorkerProces
     worker.join(0.1)
     assert not worker.alive
     assert not worker.given_up.is_set()
+
+
+def test_it_is_told_once_what_a_worker_waits_for(
+    make: Callable[[str], WorkerProcess], events: list[str]
+) -> None:
+    lines = ["[warning] waiting for Postgres to=claim", "[warning] waiting for Redis reason=away"]
+    script = f"import time\nfor line in {lines * 2!r}: print(line, flush=True)\ntime.sleep(600)"
+    worker = make(script)
+    until(lambda: len(worker.last_words) == 4)
+    waits = [f"worker on test waits for {server}" for server in ("Postgres", "Redis")]
+    assert [event for event in events if "waits" in event] == waits
 
 
 def test_one_that_took_jobs_is_started_anew_however_often_it_dies(
