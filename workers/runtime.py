@@ -120,7 +120,7 @@ async def worker_runtime(
             recall=Recall(llm),
         )
         await _helpers(stack, settings, database, jobs, redis, endpoints, channel, publisher)
-        _keep_up(stack, settings, database, answers)
+        _keep_up(stack, settings, database, redis, answers)
         _listen(stack, redis, llm, leases)
         announcing = _announce(redis, name, model.name, pipeline, llm)
         task = asyncio.create_task(announcing, name="promptmill-announce")
@@ -257,12 +257,28 @@ async def _helpers(
 
 
 def _keep_up(
-    stack: AsyncExitStack, settings: Settings, database: Database, answers: PostgresAnswers
+    stack: AsyncExitStack,
+    settings: Settings,
+    database: Database,
+    redis: Redis,
+    answers: PostgresAnswers,
 ) -> None:
-    """Start upkeep of the stored answers, which every worker runs and one at a time does."""
+    """Start upkeep of what is stored, which every worker runs and one at a time does."""
+    from workers.purge import apply_retention
     from workers.upkeep import Upkeep
 
-    upkeep = Upkeep(database=database, answers=answers, answers_limit=settings.answers_limit)
+    upkeep = Upkeep(
+        database=database,
+        answers=answers,
+        answers_limit=settings.answers_limit,
+        retain=partial(
+            apply_retention,
+            database,
+            redis,
+            keep_s=settings.retention_s,
+            namespaces=settings.namespace_retention_s,
+        ),
+    )
     upkeep.start()
     stack.push_async_callback(upkeep.aclose)
 

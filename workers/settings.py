@@ -146,6 +146,16 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds a published result stays on its channel. Postgres keeps the answer.",
     )
+    retention_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds that jobs which are over, their results and stored answers are kept. "
+        "Unset: for ever, within answers_limit. Read by workers.",
+    )
+    namespace_retention_s: dict[str, PositiveFloat] = Field(
+        default_factory=dict,
+        description='The same for namespaces that differ, as {"name": 86400}. Read by workers.',
+    )
     answers_limit: int = Field(
         default=1_000_000,
         ge=1,

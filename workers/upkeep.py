@@ -3,14 +3,16 @@
 Every worker runs one; an advisory lock lets one at a time do a pass. A pass removes
 
 1. answers that have expired, and analyses that belong to none,
-2. the least useful answers of each namespace that has too many, and
-3. marks of flights whose owners died.
+2. the least useful answers of each namespace that has too many,
+3. marks of flights whose owners died, and
+4. now and then, what namespaces have had for longer than they may.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +23,9 @@ from schema.errors import PromptmillError
 from workers.store.locks import UPKEEP, only_one
 
 if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Awaitable, Callable
+
     from workers.store.answers import PostgresAnswers
     from workers.store.database import Database
 
@@ -36,11 +41,12 @@ class Tidied:
     expired: int = 0  # answers past their time to live
     evicted: int = 0  # answers worth least, where there were too many
     flights: int = 0  # marks of owners that died
+    outlived: int = 0  # rows and results kept for as long as they may be
 
     @property
     def anything(self) -> bool:
         """Whether the pass removed something."""
-        return bool(self.expired or self.evicted or self.flights)
+        return bool(self.expired or self.evicted or self.flights or self.outlived)
 
 
 class Upkeep:
@@ -52,6 +58,8 @@ class Upkeep:
         answers_limit: Answers that each namespace may store.
         every_s: Seconds between passes, about.
         pass_timeout_s: Seconds after which a pass is cut; the next one goes on.
+        retain: Removes what may not be kept any longer; returns what that was. None keeps all.
+        retain_every_s: Seconds between two calls of it, at least.
     """
 
     def __init__(
@@ -62,12 +70,17 @@ class Upkeep:
         answers_limit: int,
         every_s: float = 60.0,
         pass_timeout_s: float = 120.0,
+        retain: Callable[[], Awaitable[Counter[str]]] | None = None,
+        retain_every_s: float = 600.0,
     ) -> None:
         self._database = database
         self._answers = answers
         self._limit = answers_limit
         self._every_s = every_s
         self._pass_timeout_s = pass_timeout_s
+        self._retain = retain
+        self._retain_every_s = retain_every_s
+        self._retain_at = 0.0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -113,7 +126,11 @@ class Upkeep:
             else:
                 if done is not None and done.anything:
                     _log.info(
-                        "tidied", expired=done.expired, evicted=done.evicted, flights=done.flights
+                        "tidied",
+                        expired=done.expired,
+                        evicted=done.evicted,
+                        flights=done.flights,
+                        outlived=done.outlived,
                     )
 
     async def _pass(self) -> Tidied:
@@ -124,4 +141,12 @@ class Upkeep:
             keep = self._limit - self._limit // _HEADROOM
             evicted += await self._answers.evict(namespace, keep=keep)
         flights = await self._answers.purge_flights()
-        return Tidied(expired=expired, evicted=evicted, flights=flights)
+        outlived = await self._apply_retention()
+        return Tidied(expired=expired, evicted=evicted, flights=flights, outlived=outlived)
+
+    async def _apply_retention(self) -> int:
+        if self._retain is None or time.monotonic() < self._retain_at:
+            return 0
+        outlived = (await self._retain()).total()
+        self._retain_at = time.monotonic() + self._retain_every_s
+        return outlived
