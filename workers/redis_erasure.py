@@ -82,6 +82,11 @@ class RedisErasure:
             for kind, pattern in _patterns(namespace).items():
                 async for key in self._redis.scan_iter(match=pattern, count=1000):
                     found[kind] += await self._redis.unlink(key) if delete else 1
+            pattern = names.channel_member(namespace, "*")
+            async for member, _ in self._redis.zscan_iter(names.CHANNELS, match=pattern):
+                found["names of channels"] += 1
+                if delete:
+                    await self._redis.zrem(names.CHANNELS, member)
             # Of every model, served now or not.
             async for key in self._redis.scan_iter(
                 match=names.queue("*"), count=1000, _type="list"
