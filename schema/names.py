@@ -43,7 +43,8 @@ _JOB_IDS = UUID("b0a8a4f2-7c64-5a7e-9a39-6d1c4b1f0d11")
 
 def is_name(value: str) -> bool:
     """Whether `value` may be a namespace, channel, group or model alias."""
-    return _NAME.match(value) is not None
+    # To the very end: `$` alone would let a line break pass.
+    return _NAME.fullmatch(value) is not None
 
 
 def queue(model: str) -> str:

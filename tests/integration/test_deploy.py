@@ -23,12 +23,16 @@ from sqlalchemy.engine import make_url
 
 from schema import names
 from tests.integration.test_client import PlayedWorker
-from workers import AsyncJobClient, Settings, health
+from workers import AsyncJobClient, Settings, health, windows
 from workers.connection import open_redis
+from workers.dispatch import Dispatcher
+from workers.purge import purge
 from workers.queue_marks import shine
+from workers.sending import Sender
 from workers.servers import postgres_folder, valkey_binary
 from workers.store.database import Database
 from workers.store.jobs import JobStore
+from workers.store.locks import DISPATCH, leading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,6 +124,30 @@ async def test_each_role_can_do_its_work(
                 break
         assert await producer.retry(other) == [other.id]
         assert len(await reader.jobs()) == 2
+    await redis.aclose()
+    await database.aclose()
+
+
+async def test_a_worker_may_dispatch_and_purge(
+    redis_url: Callable[[str], str], role_url: Callable[[str], str]
+):
+    database, redis = Database(role_url("worker")), open_redis(redis_url("worker"))
+    settings = settings_for("producer", redis_url, role_url)
+    settings = settings.model_copy(update={"namespace_window": None, "namespace": "dispatched"})
+    await windows.announce(redis, {"m": 2})
+    async with AsyncJobClient(settings) as producer:
+        await producer.submit_many(["1", "2", "3", "4", "5"])
+        sender = Sender(await producer.connection(), settings)
+        dispatcher = Dispatcher(
+            database=database, redis=redis, send=sender.push, weights={}, window=4
+        )
+        async with leading(database, DISPATCH) as connection:
+            assert connection is not None
+            assert await dispatcher.run_once(connection) == 1  # beyond the window of two
+    done = await purge(database, redis, "dispatched")
+    assert done.clean
+    assert done.deleted["jobs"] == 5
+    assert done.deleted["messages"] >= 1
     await redis.aclose()
     await database.aclose()
 
