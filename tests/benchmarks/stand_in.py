@@ -203,11 +203,13 @@ def main() -> int:
     """Run a worker until it is told to stop."""
     from workers import endpoints
     from workers.app import run_worker
+    from workers.devices import end_with_starter
     from workers.serving import ServedModel
     from workers.settings import load_settings
     from workers.worker_process import READY
 
     settings = load_settings()
+    end_with_starter(drain_s=settings.drain_s)
     return run_worker(
         settings,
         endpoints=endpoints.find(settings),
