@@ -23,6 +23,7 @@ Use `broker_settings`. Options, in `broker_transport_options`: `dead_list` (the 
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import json
 import logging
@@ -44,11 +45,14 @@ from schema.names import DEAD_LETTERS
 from .envelope import DEFAULT_MAX_BYTES, check_item, check_message, is_task_queue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
 
 __all__ = ["Channel", "Transport", "broker_settings", "limit_intake", "read_dead"]
 
 logger = logging.getLogger(__name__)
+
+#: How Redis says that it takes no writes now: its disk or memory is full, or it follows another.
+_PASSES_BY = ("MISCONF ", "OOM ", "READONLY ", "NOREPLICAS ")
 
 MOST_KEPT_BYTES = 256 * 1024 * 1024
 
@@ -114,6 +118,20 @@ def read_dead(entry: bytes | str) -> tuple[bytes, str, str]:
     return base64.b64decode(record["item_base64"]), record["reason"], record["queue"]
 
 
+@contextlib.contextmanager
+def _refusals_pass_by() -> Iterator[None]:
+    """Have a Redis that takes no writes now be waited for.
+
+    Celery would take its answer for a bug, and end the worker; so it connects again and again.
+    """
+    try:
+        yield
+    except redis.ResponseError as exc:
+        if not any(word in str(exc) for word in _PASSES_BY):
+            raise
+        raise redis.ConnectionError(str(exc)) from exc
+
+
 class _Guard:
     """A Redis client whose BRPOP yields sound items only."""
 
@@ -123,7 +141,8 @@ class _Guard:
 
     def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
         """Return the reply; None, as when nothing came in time, for an unsound item."""
-        reply = super().parse_response(connection, command_name, **options)  # type: ignore[misc]
+        with _refusals_pass_by():
+            reply = super().parse_response(connection, command_name, **options)  # type: ignore[misc]
         return self._sift(reply) if command_name == "BRPOP" and reply else reply
 
 
@@ -192,6 +211,11 @@ class Channel(kombu_redis.Channel):
         """Return once the bytes of the item being delivered."""
         raw, self._raw = self._raw, None
         return raw
+
+    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
+        """Acknowledge a message."""
+        with _refusals_pass_by():
+            super().basic_ack(delivery_tag, multiple=multiple)
 
     def basic_reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Reject a message; unless it is requeued, it goes to the dead list first."""

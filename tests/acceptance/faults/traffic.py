@@ -18,6 +18,7 @@ from schema.errors import ServiceError
 from schema.jobs import JobResult
 from tests.acceptance.faults.scripted_worker import REFUSED
 from workers.aio_client import AsyncJobClient
+from workers.cancellation import heed_cancellation
 
 NAMESPACES = ("red", "green", "blue")
 CHANNELS = ("left", "right")
@@ -107,9 +108,11 @@ class Consumers:
 
     async def _consume(self, group: str, namespace: str, channel: str) -> None:
         while True:
+            heed_cancellation()
             try:
                 results = await self._client.results(channel, group, "only", namespace=namespace)
                 async for delivery in results:
+                    heed_cancellation()
                     self.by_group[group][delivery.result.job_id].append(delivery.result)
                     await results.ack(delivery)
                     if group == GROUPS[1] and random.random() < _AWAY_SHARE:  # noqa: S311
@@ -120,6 +123,7 @@ class Consumers:
     async def _read_all(self) -> None:
         cursors: dict[Any, Any] = {names.results_stream(*place): "0-0" for place in PLACES}
         while True:
+            heed_cancellation()
             try:
                 replies: Any = await self._redis.xread(cursors, block=500)
             except (RedisError, OSError):
