@@ -243,7 +243,12 @@ def _check_size(value: object, max_bytes: int, field: str = "prompt") -> None:
         if max_bytes // 4 < size <= max_bytes:
             size = len(value.encode(errors="replace"))
     elif isinstance(value, dict):
-        size = len(orjson.dumps(value, default=str))
+        try:
+            size = len(orjson.dumps(value, default=str))
+        except (orjson.JSONEncodeError, RecursionError) as exc:
+            # Half a surrogate pair, an integer above 64 bits, a key that is no text.
+            msg = f"is not JSON that can be stored ({exc})"
+            raise InvalidRequestError(msg, field=field) from None
     else:
         return
     if size > max_bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
@@ -145,6 +146,11 @@ async def test_a_cancelled_job_gives_its_slot_to_the_next(settings: Settings) ->
         await endless[0].cancel()
         assert (await endless[0].result(WAIT_S)).status is JobState.CANCELLED
         assert (await waits.result(WAIT_S)).status is JobState.DONE
+        took_s = []
         for job in endless[1:]:
+            began = time.monotonic()
             await job.cancel()
             assert (await job.result(WAIT_S)).status is JobState.CANCELLED
+            took_s.append(time.monotonic() - began)
+        # Promised within a second; a busy machine may be late now and then, not every time.
+        assert min(took_s) < 1.0, took_s
