@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,9 +14,10 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from schema.jobs import JobState
-from tests.acceptance.faults.scripted_worker import ENDLESS, MODEL
+from tests.acceptance.faults.scripted_worker import ENDLESS, MODEL, REFUSED
 from tests.acceptance.faults.workers_of_a_run import ScriptedWorkers
 from workers import AsyncJobClient, Settings
+from workers.app import make_app
 from workers.local import LocalStack
 
 pytestmark = pytest.mark.timeout(600)
@@ -25,9 +27,13 @@ MANY = 150_000
 
 
 @pytest.fixture(scope="module")
-async def settings(
-    stack: LocalStack, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Settings]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the worker says."""
+    return tmp_path_factory.mktemp("order") / "worker.log"
+
+
+@pytest.fixture(scope="module")
+async def settings(stack: LocalStack, log: Path) -> AsyncIterator[Settings]:
     """Of a deployment with one worker of a few slots."""
     from workers.store.schema_upgrade import upgrade
 
@@ -38,8 +44,7 @@ async def settings(
         "PROMPTMILL_MAX_RUNNING": str(SLOTS),
         "PROMPTMILL_MESSAGE_JOBS": "4",
     }
-    log = tmp_path_factory.mktemp("order") / "worker.log"
-    workers = ScriptedWorkers(count=1, environment=values, log=Path(log))
+    workers = ScriptedWorkers(count=1, environment=values, log=log)
     await workers.start()
     yield Settings(
         database_url=SecretStr(stack.database_url),
@@ -154,3 +159,25 @@ async def test_a_cancelled_job_gives_its_slot_to_the_next(settings: Settings) ->
             took_s.append(time.monotonic() - began)
         # Promised within a second; a busy machine may be late now and then, not every time.
         assert min(took_s) < 1.0, took_s
+
+
+async def test_prompts_show_neither_in_logs_nor_to_who_inspects(
+    settings: Settings, stack: LocalStack, log: Path
+) -> None:
+    secret = f"secret{uuid4().hex}"
+    async with AsyncJobClient(settings) as client:
+        job = await client.submit(f"{ENDLESS} {secret}")
+        refused = await client.submit(f"{REFUSED} {secret}")
+        assert (await refused.result(WAIT_S)).status is JobState.FAILED
+        async with asyncio.timeout(WAIT_S):
+            while (await job.status()).state is not JobState.RUNNING:
+                await asyncio.sleep(0.05)
+        app = make_app(settings, stack.redis_url, MODEL)
+        active = await asyncio.to_thread(app.control.inspect(timeout=5).active)
+        assert any(active.values()), active
+        assert secret not in json.dumps(active)
+        await job.cancel()
+        assert (await job.result(WAIT_S)).status is JobState.CANCELLED
+    said = await asyncio.to_thread(log.read_text)
+    assert said
+    assert secret not in said
