@@ -16,9 +16,6 @@ from workers.devices import Device, Fleet
 from workers.local import LocalStack
 from workers.settings import Settings, load_settings
 
-#: An engine that is up sooner; compiling gains nothing on the few tokens of a test.
-ENGINE_ARGS = ("--enforce-eager",)
-
 
 @dataclass
 class Deployment:
@@ -54,7 +51,7 @@ def deployment(stack: LocalStack) -> Iterator[Deployment]:
     """A worker that takes jobs; gone before other packages' tests, which need the cores."""
     settings = load_settings(data_dir=Path(stack.data_dir), lease_s=6.0)
     events: list[str] = []
-    fleet = Fleet(settings, [Device()], engine_args=ENGINE_ARGS, on_event=events.append)
+    fleet = Fleet(settings, [Device()], on_event=events.append)
     fleet.start()
     try:
         fleet.wait_ready(timeout_s=900)

@@ -102,6 +102,9 @@ async def test_a_chat_goes_through_vllms_handler_and_knows_its_neighbours(
         )
         result = await job.result(WAIT_S)
         assert result.status is JobState.DONE, result.error
+        # What the model says when it is computed rightly.
+        assert result.text is not None
+        assert ("Paris" if "France" in question else "Rome") in result.text
     assert result.body is not None
     assert result.body["object"] == "chat.completion"
     assert result.body["choices"][0]["message"]["content"] == result.text

@@ -1,0 +1,44 @@
+"""With which of vLLM's arguments a model is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from workers import serving
+from workers.settings import load_settings
+
+
+def words_for(monkeypatch: pytest.MonkeyPatch, *given: str, cpu: bool) -> tuple[str, ...]:
+    monkeypatch.setattr(serving, "built_for_cpu", lambda: cpu)
+    return serving.served_model(load_settings(model="some/model"), engine_args=given).engine_args
+
+
+def test_nothing_is_compiled_on_a_cpu_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert words_for(monkeypatch, cpu=True) == ("--enforce-eager",)
+    assert words_for(monkeypatch, cpu=False) == ()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--no-enforce-eager",),
+        ("--enforce-eager",),
+        ("--compilation-config", '{"level": 3}'),
+        ("--compilation_config={}",),
+        ("-O3",),
+        ("-O", "2"),
+    ],
+)
+def test_whoever_says_it_himself_decides(
+    monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    assert words_for(monkeypatch, *given, cpu=True) == given
+
+
+def test_the_bundled_model_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("workers.bundled.bundled_model", lambda _cache: tmp_path)
+    words = serving.served_model(load_settings(), engine_args=["--seed", "1"]).engine_args
+    assert words[:2] == ("--max-model-len", "4096")
+    assert words[-2:] == ("--seed", "1")
