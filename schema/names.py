@@ -37,6 +37,9 @@ CANCELLATIONS = "promptmill:cancel"
 EPOCH = "promptmill:epoch"
 #: Sorted set of the channels that results were published on, by the time of the last one.
 CHANNELS = "promptmill:channels"
+#: Key of the shared count of jobs that wait and run, and of the mark that somebody counts.
+BACKLOG = "promptmill:backlog"
+BACKLOG_LOCK = "promptmill:backlog:counting"
 
 _JOB_IDS = UUID("b0a8a4f2-7c64-5a7e-9a39-6d1c4b1f0d11")
 

@@ -81,6 +81,7 @@ class JobMessage:
     sent_at: float  # Unix time by the sender's clock
     ids: tuple[UUID, ...] = ()
     jobs: tuple[JobSpec, ...] = ()
+    traceparent: str | None = None  # W3C trace context of the submission, of jobs in full
     refused: tuple[RefusedJob, ...] = ()  # only ever filled by `decode`
 
 
@@ -110,6 +111,8 @@ def encode(message: JobMessage, route: Route) -> bytes:
         header["ids"] = [str(job_id) for job_id in message.ids]
     else:
         header["jobs"] = [orjson.Fragment(job.model_dump_json()) for job in message.jobs]
+        if message.traceparent is not None:
+            header["traceparent"] = message.traceparent
     return orjson.dumps(_envelope(header, route))
 
 
@@ -195,8 +198,14 @@ def decode(header: object) -> JobMessage:
             jobs.append(read)
         else:
             refused.append(read)
+    traceparent = header.get("traceparent")
     return JobMessage(
-        namespace=namespace, sent_at=float(sent_at), jobs=tuple(jobs), refused=tuple(refused)
+        namespace=namespace,
+        sent_at=float(sent_at),
+        jobs=tuple(jobs),
+        # Advice: a job is not refused because its trace cannot be read.
+        traceparent=traceparent if isinstance(traceparent, str) else None,
+        refused=tuple(refused),
     )
 
 

@@ -65,12 +65,19 @@ class Answerer:
         self._handlers = handlers
         self._model = model
 
-    async def answer(self, job: ClaimedJob, *, on_text: OnText | None = None) -> Outcome:
+    async def answer(
+        self,
+        job: ClaimedJob,
+        *,
+        on_text: OnText | None = None,
+        trace_headers: dict[str, str] | None = None,
+    ) -> Outcome:
         """Answer one job, or say why it cannot be answered.
 
         Args:
             job: Held by this worker.
             on_text: Takes the text while it grows, for a job that asked for it.
+            trace_headers: What vLLM's spans belong to.
 
         Returns:
             The outcome, to be committed: done, or failed by a fault of the request.
@@ -83,8 +90,8 @@ class Answerer:
             request, options = job.parse_request(), job.parse_options()
             schema = answer_schema.schema_of(request)
             if schema is None:
-                return await self._answer(job, request, options, on_text)
-            return await self._fitting(job, request, options, schema, on_text)
+                return await self._answer(job, request, options, on_text, trace_headers)
+            return await self._fitting(job, request, options, schema, on_text, trace_headers)
         except InvalidRequestError as exc:
             return refused(job, exc)
         except (VLLMClientError, ValueError, TypeError) as exc:
@@ -99,14 +106,16 @@ class Answerer:
         options: JobOptions,
         schema: dict[str, Any] | bool,
         on_text: OnText | None,
+        trace_headers: dict[str, str] | None,
     ) -> Outcome:
         """Return an answer that fits the schema; one that does not is kept nowhere."""
-        outcome = await self._answer(job, request, options, None)
+        outcome = await self._answer(job, request, options, None, trace_headers)
         if (first := self._misfit(outcome, schema)) is not None:
             if not answer_schema.is_repeatable(request) and options.reuse is not Reuse.ALWAYS:
                 # Its seed is ours alone: a sampled request stays one that is never stored.
                 options = options.model_copy(update={"reuse": Reuse.OFF})
-            outcome = await self._answer(job, answer_schema.second_try(request), options, None)
+            again = answer_schema.second_try(request)
+            outcome = await self._answer(job, again, options, None, trace_headers)
             if (second := self._misfit(outcome, schema)) is not None:
                 error = JobError(type="AnswerSchemaError", message=second, status_code=422)
                 return failed(job, error)
@@ -136,8 +145,9 @@ class Answerer:
         request: PromptRequest | OpenAIRequest,
         options: JobOptions,
         on_text: OnText | None,
+        trace_headers: dict[str, str] | None,
     ) -> Outcome:
-        scope = _scope_of(job, request, options)
+        scope = _scope_of(job, request, options, trace_headers)
         with scope.active():
             if isinstance(request, PromptRequest):
                 return await self._prompt(job, request, scope, on_text)
@@ -384,7 +394,10 @@ def _choices(body: dict[str, Any]) -> list[Completion]:
 
 
 def _scope_of(
-    job: ClaimedJob, request: PromptRequest | OpenAIRequest, options: JobOptions
+    job: ClaimedJob,
+    request: PromptRequest | OpenAIRequest,
+    options: JobOptions,
+    trace_headers: dict[str, str] | None,
 ) -> RequestScope:
     text, context = (None, b"") if isinstance(request, PromptRequest) else _compared(request)
     return RequestScope(
@@ -400,6 +413,7 @@ def _scope_of(
         tags=tuple(options.tags),
         job_id=job.id,
         analyse_answer=options.analyse_answer,
+        trace_headers=trace_headers,
         deferred=True,
     )
 

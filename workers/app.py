@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from schema import names
-from workers import tasks
+from workers import logs, tasks
 from workers.pinning import device_here
 from workers.pool import lifespan
 from workers.transport import broker_settings, limit_intake
@@ -117,7 +115,7 @@ def run_worker(
         from celery.signals import worker_ready
 
         worker_ready.connect(lambda **_: on_ready(), weak=False)
-    logging.basicConfig(level=settings.log_level, stream=sys.stderr)
+    logs.configure(level=settings.log_level, form=settings.log_format)
     words = ["worker", "--without-gossip", "--without-mingle"]
     words += ["--loglevel", settings.log_level, "--hostname", _hostname(model.name)]
     try:

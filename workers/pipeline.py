@@ -21,7 +21,7 @@ import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID, uuid4
 
 import structlog
@@ -37,6 +37,7 @@ from schema.errors import (
 )
 from schema.jobs import JobError, JobResult, JobState
 from schema.names import DEFAULT_PRIORITY
+from workers import logs
 from workers.answering import Answerer, TryAgainError, failed
 from workers.hits import HitCounter
 from workers.leases import Holding, LeaseKeeper, Stopped
@@ -44,11 +45,15 @@ from workers.publishing import Publisher
 from workers.recall import Recall
 from workers.slots import Slots
 from workers.store.records import Claim, ClaimedJob, Delivery, Outcome
+from workers.tracing import Tracing, describe_answer, trace_id
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from schema.jobs import JobSpec
     from schema.wire import JobMessage, RefusedJob
     from workers.channel import ResultChannel
+    from workers.metrics import Meter
     from workers.store.commit import GroupCommit
     from workers.store.jobs import JobStore
 
@@ -91,6 +96,8 @@ class Pipeline:
         slots: Places in the engine.
         hits: Counts how often stored answers were given.
         recall: Knows the answers to requests that were answered here before.
+        meter: Told what becomes of jobs.
+        tracing: Makes the spans of jobs.
     """
 
     def __init__(
@@ -106,6 +113,8 @@ class Pipeline:
         slots: Slots,
         hits: HitCounter,
         recall: Recall,
+        meter: Meter,
+        tracing: Tracing,
     ) -> None:
         self._rules = rules
         self._answerer = answerer
@@ -117,6 +126,8 @@ class Pipeline:
         self._slots = slots
         self._hits = hits
         self._recall = recall
+        self._meter = meter
+        self._tracing = tracing
         self._one_suspect = asyncio.Lock()
         self._stored: LRUCache[UUID, bool] = LRUCache(_STORED_REMEMBERED)
         self._in_hand: dict[object, float] = {}  # messages, and when each was written
@@ -262,15 +273,18 @@ class Pipeline:
             await self._refuse(refusal, message.namespace)
         if not message.jobs:
             return []
-        return await self._patiently("write jobs", lambda: self._admit_specs(message.jobs))
+        return await self._patiently(
+            "write jobs", lambda: self._admit_specs(message.jobs, message.traceparent)
+        )
 
-    async def _admit_specs(self, specs: Sequence[JobSpec]) -> list[UUID]:
+    async def _admit_specs(self, specs: Sequence[JobSpec], traceparent: str | None) -> list[UUID]:
         try:
             admission = await self._jobs.admit(
                 specs,
                 default_model=self._rules.model,
                 sent=True,
                 max_attempts=self._rules.max_attempts,
+                traceparent=traceparent,
             )
         except CallerError as exc:
             if len(specs) == 1:
@@ -278,7 +292,7 @@ class Pipeline:
             # One of them cannot be written: find it, and let the others in.
             admitted = []
             for spec in specs:
-                admitted += await self._admit_specs([spec])
+                admitted += await self._admit_specs([spec], traceparent)
             return admitted
         return sorted({*admission.inserted, *admission.known})
 
@@ -337,21 +351,25 @@ class Pipeline:
             # What is claimed now would only be blamed. The process ends in a moment, and the
             # message goes back.
             await asyncio.get_running_loop().create_future()
-        return await self._patiently(
+        claim = await self._patiently(
             "claim jobs",
             lambda: self._jobs.claim(
                 ids, owner=self._rules.owner, lease_s=self._rules.lease_s, suspects=suspects
             ),
         )
+        for job in claim.jobs:
+            self._meter.claimed(job)
+        return claim
 
     async def _run(self, job: ClaimedJob, slots: int) -> None:
         """Run one claimed job to its outcome; its slots are free again once it has an answer."""
-        with self._leases.hold(job) as holding:
+        logs.bind_job(job.id, trace_id(job.traceparent))
+        with self._span_of(job), self._leases.hold(job) as holding:
             try:
                 outcome = await self._outcome(job, holding)
             finally:
                 self._slots.give(slots)
-            if outcome is not None and await self._commit(outcome):
+            if outcome is not None and await self._commit_all([(job, outcome)]):
                 asks_for_deltas = bool(job.options.get("stream"))
                 await self._publish(
                     [Delivery(channel=job.channel, result=outcome.result, stream=asks_for_deltas)]
@@ -361,7 +379,7 @@ class Pipeline:
     async def _settle(self, jobs: Sequence[ClaimedJob], known: Mapping[UUID, Outcome]) -> None:
         """Commit and publish outcomes that needed no run, together."""
         with self._leases.hold_decided(jobs):
-            standing = await self._commit_all([known[job.id] for job in jobs])
+            standing = await self._commit_all([(job, known[job.id]) for job in jobs])
             await self._publish(
                 [
                     Delivery(channel=job.channel, result=known[job.id].result)
@@ -369,16 +387,40 @@ class Pipeline:
                     if job.id in standing
                 ]
             )
+        if self._tracing.on:
+            for job in jobs:
+                # What they share is done; each has had its answer.
+                with self._span_of(job):
+                    pass
+
+    def _span_of(self, job: ClaimedJob) -> AbstractContextManager[Any]:
+        return self._tracing.job(
+            job.traceparent,
+            waited_since=job.created_at.timestamp(),
+            job_id=str(job.id),
+            namespace=job.namespace,
+            model=job.model,
+            attempt=job.attempts,
+        )
 
     async def _outcome(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
         """Return what is to be committed, or None when the job was given back or is lost."""
         try:
-            return await self._answerer.answer(job, on_text=self._on_text(job))
+            with self._tracing.span("answer") as span:
+                outcome = await self._answerer.answer(
+                    job,
+                    on_text=self._on_text(job),
+                    trace_headers=self._tracing.headers(job.traceparent),
+                )
+                if span is not None:
+                    describe_answer(span, outcome)
+                return outcome
         except asyncio.CancelledError:
             return await self._stopped(job, holding)
         except EngineDeadError:
             # Which of the jobs in flight killed it cannot be told: all of them are suspects.
             self.engine_died.set()
+            self._meter.returned(job, "engine-died")
             await self._patiently("give jobs back", lambda: self._jobs.suspect({job.id: job.token}))
             return None
         except TryAgainError as exc:
@@ -392,11 +434,13 @@ class Pipeline:
         """Say what becomes of a job whose run was cancelled."""
         if holding.stopped is None or holding.task is None:
             # The worker stops: whoever comes next runs it, and it loses no attempt.
+            self._meter.returned(job, "stopping")
             await asyncio.shield(self._release(job))
             raise asyncio.CancelledError
         # The cancellation was meant for the run, not for the commit that follows.
         holding.task.uncancel()
         if holding.stopped is Stopped.LOST:
+            self._meter.returned(job, "lease-lost")
             return None
         status, kind, message = _STOPPED[holding.stopped]
         return failed(job, JobError(type=kind, message=message), status=status)
@@ -408,6 +452,7 @@ class Pipeline:
         # Exponential back-off with full jitter (M. Brooker, AWS Architecture Blog, 2015).
         most = min(self._rules.backoff_s * 2 ** (job.attempts - 1), self._rules.backoff_most_s)
         delay_s = random.uniform(most / 2, most)  # noqa: S311  no secret
+        self._meter.put_back(job)
         await self._patiently(
             "give a job back",
             lambda: self._jobs.retry_later(job.id, job.token, delay_s=delay_s, error=error),
@@ -421,32 +466,37 @@ class Pipeline:
             # Its lease ends by itself.
             _log.warning("job not given back", job_id=str(job.id), reason=str(exc))
 
-    async def _commit(self, outcome: Outcome) -> bool:
-        """Commit, however long Postgres is away; False when another worker holds the job now."""
-        return bool(await self._commit_all([outcome]))
+    async def _commit_all(self, ended: Sequence[tuple[ClaimedJob, Outcome]]) -> frozenset[UUID]:
+        """Commit outcomes together, however long Postgres is away.
 
-    async def _commit_all(self, outcomes: Sequence[Outcome]) -> frozenset[UUID]:
-        """Commit outcomes together; return the jobs that were still this worker's."""
+        Returns:
+            The jobs that were still this worker's.
+        """
         # Of a hit from memory of what was stored before, only the outcome is new.
         new = [
             replace(outcome, answer=None)
             if outcome.answer is not None and outcome.answer.id in self._stored
             else outcome
-            for outcome in outcomes
+            for _job, outcome in ended
         ]
-        standing = await self._patiently(
-            "commit outcomes", lambda: self._commit_group.finish_all(new)
-        )
-        for outcome in outcomes:
-            if outcome.job_id in standing:
-                if outcome.answer is not None:
-                    self._stored[outcome.answer.id] = True
-                self._hits.note(outcome)
+        with self._tracing.span("commit"):
+            standing = await self._patiently(
+                "commit outcomes", lambda: self._commit_group.finish_all(new)
+            )
+        for job, outcome in ended:
+            if job.id not in standing:
+                self._meter.returned(job, "lease-lost")
+                continue
+            if outcome.answer is not None:
+                self._stored[outcome.answer.id] = True
+            self._hits.note(outcome)
+            self._meter.ended(job, outcome)
         return standing
 
     async def _publish(self, deliveries: Sequence[Delivery]) -> None:
         try:
-            await self._publisher.publish(deliveries)
+            with self._tracing.span("publish"):
+                await self._publisher.publish(deliveries)
         except BrokerUnavailableError:
             return  # committed and unpublished: recovery publishes it
 

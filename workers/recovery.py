@@ -60,7 +60,17 @@ class Recovered:
     @property
     def anything(self) -> bool:
         """Whether the pass did something."""
-        return any((self.requeued, self.ended, self.sent, self.sent_again, self.published))
+        return any(self.by_action().values())
+
+    def by_action(self) -> dict[str, int]:
+        """Return the numbers of jobs by what was done to them."""
+        return {
+            "requeued": self.requeued,
+            "ended": self.ended,
+            "sent": self.sent,
+            "sent_again": self.sent_again,
+            "published": self.published,
+        }
 
 
 class Recovery:
@@ -116,6 +126,8 @@ class Recovery:
         self._batch = batch
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
+        #: Told what each pass did.
+        self.on_pass: Callable[[Recovered], None] = lambda _done: None
 
     def start(self) -> None:
         """Start the passes; idempotent. To be called on the loop that the database belongs to."""
@@ -165,14 +177,8 @@ class Recovery:
             else:
                 if done is not None and done.anything:
                     more = done.more
-                    _log.info(
-                        "recovered",
-                        requeued=done.requeued,
-                        ended=done.ended,
-                        sent=done.sent,
-                        sent_again=done.sent_again,
-                        published=done.published,
-                    )
+                    self.on_pass(done)
+                    _log.info("recovered", **done.by_action())
             if not more:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._every_s)

@@ -18,7 +18,7 @@ import structlog
 
 from schema import names
 from schema.errors import BrokerUnavailableError
-from workers import registry
+from workers import logs, registry
 from workers.cancellation import heed_cancellation
 from workers.channel import ResultChannel
 from workers.connection import open_redis
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from workers.endpoints import Endpoints
     from workers.engine.config import HandlerConfig
     from workers.engine.llm import EnhancedAsyncLLM
+    from workers.observation import Observation
     from workers.pipeline import Pipeline
+    from workers.recovery import Recovery
     from workers.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -78,10 +80,12 @@ async def worker_runtime(
     from workers.answering import Answerer
     from workers.hits import HitCounter
     from workers.leases import LeaseKeeper
+    from workers.observation import Observation
     from workers.pipeline import Pipeline, Rules
     from workers.publishing import Publisher
     from workers.recall import Recall
     from workers.slots import Slots
+    from workers.tracing import Tracing
     from workers.watchdog import Watchdog
 
     name = worker_name(model.name)
@@ -90,6 +94,9 @@ async def worker_runtime(
         stack.push_async_callback(database.aclose)
         redis = open_redis(endpoints.redis_url)
         stack.push_async_callback(redis.aclose)
+        # Before the engine, so that vLLM's spans go the same way.
+        tracing = Tracing.start(settings)
+        stack.push_async_callback(tracing.aclose)
         jobs, channel = JobStore(database), ResultChannel(redis)
         answers = PostgresAnswers(database)
         llm, handlers = await (start_engine or _engine)(settings, model, answers, stack)
@@ -102,6 +109,14 @@ async def worker_runtime(
         leases = LeaseKeeper(jobs, lease_s=settings.lease_s, heartbeat_s=settings.heartbeat_s)
         leases.start()
         stack.push_async_callback(leases.aclose)
+        observation = Observation(
+            settings,
+            redis=redis,
+            database=database,
+            worker=name,
+            model=model.name,
+            device=device_here(),
+        )
         pipeline = Pipeline(
             rules=Rules(
                 model=model.name,
@@ -118,11 +133,18 @@ async def worker_runtime(
             slots=Slots(settings.max_running or _slots_of(llm)),
             hits=hits,
             recall=Recall(llm),
+            meter=observation.metrics,
+            tracing=tracing,
         )
-        await _helpers(stack, settings, database, jobs, redis, endpoints, channel, publisher)
+        observation.start(pipeline, llm)
+        stack.push_async_callback(observation.aclose)
+        recovery = await _helpers(
+            stack, settings, database, jobs, redis, endpoints, channel, publisher
+        )
+        recovery.on_pass = lambda done: observation.metrics.recovered(done.by_action())
         _keep_up(stack, settings, database, redis, answers)
         _listen(stack, redis, llm, leases)
-        announcing = _announce(redis, name, model.name, pipeline, llm)
+        announcing = _announce(redis, name, model.name, pipeline, observation)
         task = asyncio.create_task(announcing, name="promptmill-announce")
         stack.push_async_callback(_end, task)
         watchdog = Watchdog(llm, pipeline, timeout_s=settings.engine_timeout_s)
@@ -150,7 +172,8 @@ async def _engine(
     from workers.enrich.nlp import SpacyAnalyser
     from workers.handlers import OpenAIHandlers
 
-    args = vllm_arguments(model)
+    logs.adopt_libraries()  # now that they are imported
+    args = vllm_arguments(model, otlp_endpoint=settings.otlp_endpoint)
     config = engine_config(settings)
     on = config.features
     analyser = SpacyAnalyser(config.nlp) if on.nlp else None
@@ -212,7 +235,7 @@ async def _helpers(
     endpoints: Endpoints,
     channel: ResultChannel,
     publisher: Any,
-) -> None:
+) -> Recovery:
     """Start recovery and the dispatcher, which every worker runs and one at a time does."""
     from workers.connection import Connection
     from workers.data_loss import DataLoss
@@ -254,6 +277,7 @@ async def _helpers(
     )
     dispatcher.start()
     stack.push_async_callback(dispatcher.aclose)
+    return recovery
 
 
 def _keep_up(
@@ -311,7 +335,9 @@ def _listen(stack: AsyncExitStack, redis: Redis, llm: EnhancedAsyncLLM, leases: 
     stack.push_async_callback(announcements.aclose)
 
 
-async def _announce(redis: Redis, name: str, model: str, pipeline: Pipeline, llm: Any) -> None:
+async def _announce(
+    redis: Redis, name: str, model: str, pipeline: Pipeline, observation: Observation
+) -> None:
     """Say every few seconds that this worker lives, what it serves and what it holds."""
     started = datetime.now(UTC).isoformat()
     while True:
@@ -326,7 +352,7 @@ async def _announce(redis: Redis, name: str, model: str, pipeline: Pipeline, llm
             "oldest_sent_at": pipeline.oldest_sent_at,
             "running": pipeline.running,
             "slots": pipeline.total_slots,
-            "engine": llm.stats(),
+            **await observation.state(),
         }
         try:
             await registry.announce(redis, [model])

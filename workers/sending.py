@@ -21,6 +21,7 @@ from workers.cursors import START
 from workers.endpoints import BUNDLED, served_name
 from workers.server_clock import ServerClock
 from workers.streams import broker_errors
+from workers.tracing import Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -55,6 +56,7 @@ class Sender:
         self._connection = connection
         self._settings = settings
         self._clock = ServerClock(connection.ledger)
+        self._tracing = Tracing.start(settings)
         self._served: frozenset[str] = frozenset()
         self._served_until = 0.0
         self._windows: dict[str, tuple[int, float]] = {}  # and until when each is believed
@@ -81,7 +83,8 @@ class Sender:
         until = time.monotonic() + wait_s
         while True:
             try:
-                return await self._accept(jobs, model)
+                with self._tracing.span("submit", kind="producer", jobs=len(jobs), model=model):
+                    return await self._accept(jobs, model)
             except QueueFullError:
                 if time.monotonic() + _FULL_RETRY_S >= until:
                     raise
@@ -160,6 +163,7 @@ class Sender:
             windows={
                 name: await self._window(name) for name in {job.model or model for job in jobs}
             },
+            traceparent=self._tracing.traceparent(),
         )
         fresh = {job.id: job for job in jobs if job.id in admitted.inserted - admitted.held}
         # The rows stand: whatever becomes of Redis now, recovery sends the messages that are
@@ -190,7 +194,13 @@ class Sender:
             what: dict[str, Any] = (
                 {"jobs": tuple(group)} if full else {"ids": tuple(job.id for job in group)}
             )
-            message = wire.JobMessage(namespace=route.namespace, sent_at=now, **what)
+            message = wire.JobMessage(
+                namespace=route.namespace,
+                sent_at=now,
+                # A job that has a row bears it there.
+                traceparent=self._tracing.traceparent() if full else None,
+                **what,
+            )
             messages.append((route, message))
         return messages
 

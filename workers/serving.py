@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from schema.errors import ConfigurationError
 from workers.endpoints import BUNDLED, served_name
 from workers.pinning import built_for_cpu, flag_value
+from workers.tracing import vllm_otlp
 
 if TYPE_CHECKING:
     from workers.settings import Settings
@@ -92,11 +93,12 @@ def _cpu_arguments(given: Sequence[str]) -> tuple[str, ...]:
     return ("--enforce-eager",)
 
 
-def vllm_arguments(model: ServedModel) -> Namespace:
+def vllm_arguments(model: ServedModel, *, otlp_endpoint: str | None = None) -> Namespace:
     """Parse the arguments with vLLM's own parser, as its API server does.
 
     Args:
         model: What is served.
+        otlp_endpoint: Collector that vLLM's spans go to, as in the settings; None makes none.
 
     Raises:
         ConfigurationError: vLLM does not know an argument or its value.
@@ -110,6 +112,11 @@ def vllm_arguments(model: ServedModel) -> Namespace:
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
     words = ["--model", model.path, "--served-model-name", model.name, *model.engine_args]
+    if otlp_endpoint is not None:
+        address, protocol = vllm_otlp(otlp_endpoint)
+        words += ["--otlp-traces-endpoint", address]
+        # vLLM's processes take the address from the command line and the protocol from here.
+        os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
     try:
         args: Namespace = parser.parse_args(words)
     except SystemExit as exc:

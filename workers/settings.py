@@ -170,6 +170,27 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least severe log line: DEBUG, INFO, WARNING or ERROR."
     )
+    log_format: Literal["console", "json"] = Field(
+        default="console",
+        description="How a worker's log lines look: for people, or an object of JSON a line.",
+    )
+    metrics_port: int = Field(
+        default=9464,
+        ge=0,
+        le=65535,
+        description="First port tried for a worker's Prometheus metrics; each worker of a host "
+        "takes the next free one of a hundred. 0 switches them off.",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        description="Address that metrics are served on; 0.0.0.0 for a Prometheus elsewhere.",
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^(https?|grpc)://.+",
+        description="OpenTelemetry collector that gets traces, as http://host:4318 or "
+        "grpc://host:4317. Unset: no traces. OTEL_* variables (sampler, service name) hold.",
+    )
 
     @field_validator("data_dir", "cache_dir")
     @classmethod

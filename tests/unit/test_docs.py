@@ -166,6 +166,18 @@ def test_settings_page_is_current():
     assert page == made.stdout, "run: python tools/settings_doc.py > docs/settings.md"
 
 
+def test_metrics_page_is_current():
+    made = subprocess.run(
+        [sys.executable, ROOT / "tools/metrics_doc.py"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    page = (ROOT / "docs/metrics.md").read_text()
+    assert page == made.stdout, "run: python tools/metrics_doc.py > docs/metrics.md"
+
+
 class TestWireFormat:
     page = ROOT / "docs/wire-format.md"
 

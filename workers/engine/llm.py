@@ -324,6 +324,9 @@ class EnhancedAsyncLLM(AsyncLLM):
             scope = RequestScope(namespace=config.namespace)
         if scope is not None:
             scope = scope.under(self._policy(scope.namespace))
+            if scope.trace_headers and not call.get("trace_headers"):
+                # vLLM's OpenAI handlers take them from an HTTP request, and there is none.
+                call["trace_headers"] = scope.trace_headers
         planned = await self._planner.plan(call, scope=scope)
         delivery = RequestDelivery(
             request_id=call["request_id"],

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +71,7 @@ class RequestScope:
     tags: tuple[str, ...] = ()
     job_id: UUID | None = None
     analyse_answer: bool = False
+    trace_headers: Mapping[str, str] | None = None  # what vLLM's spans belong to (W3C)
     deferred: bool = False  # whoever opened the scope stores the answers; the engine does not
     report: RequestReport = field(default_factory=RequestReport, compare=False, repr=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,37 @@ from workers.cache.memory import MemoryCache
 from workers.engine.breaker import Breaker
 from workers.engine.protocols import Decision
 
+#: Upper bounds, in seconds, of the classes that times of stages are counted in.
+STAGE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
+
+
+@dataclass
+class StageTimes:
+    """How long one stage took, over all requests."""
+
+    times: int = 0
+    seconds: float = 0.0  # in all
+    #: Times in each class of `STAGE_BUCKETS_S`, and last those above all of them.
+    classes: list[int] = field(default_factory=lambda: [0] * (len(STAGE_BUCKETS_S) + 1))
+
+    def add(self, seconds: float) -> None:
+        """Count one time.
+
+        Args:
+            seconds: Taken.
+        """
+        self.times += 1
+        self.seconds += seconds
+        self.classes[bisect_left(STAGE_BUCKETS_S, seconds)] += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return {
+            "times": self.times,
+            "seconds": round(self.seconds, 6),
+            "classes": list(self.classes),
+        }
+
 
 @dataclass
 class EngineStats:
@@ -21,7 +53,7 @@ class EngineStats:
     generated: int = 0
     coalesced: int = 0
     hits: Counter[tuple[str, Provenance]] = field(default_factory=Counter)
-    stages: dict[str, tuple[int, float]] = field(default_factory=dict)  # times, and seconds in all
+    stages: dict[str, StageTimes] = field(default_factory=dict)
     decisions: Counter[str] = field(default_factory=Counter)  # served, or the rule that refused
 
     def hit(self, tier: str, kind: Provenance) -> None:
@@ -40,8 +72,7 @@ class EngineStats:
             seconds: By stage.
         """
         for stage, took_s in seconds.items():
-            times, all_s = self.stages.get(stage, (0, 0.0))
-            self.stages[stage] = (times + 1, all_s + took_s)
+            self.stages.setdefault(stage, StageTimes()).add(took_s)
 
     def decided(self, decision: Decision) -> None:
         """Count a decision for or against a neighbour's answer.
@@ -76,10 +107,7 @@ class EngineStats:
             "coalesced": self.coalesced,
             "hits": {f"{kind}/{tier}": count for (tier, kind), count in self.hits.items()},
             "hit_rate": served / self.requests if self.requests else 0.0,
-            "stages": {
-                stage: {"times": times, "seconds": round(all_s, 6)}
-                for stage, (times, all_s) in self.stages.items()
-            },
+            "stages": {stage: took.snapshot() for stage, took in self.stages.items()},
             "decisions": dict(self.decisions),
             "flights": flights,
             "side_tasks": side_tasks,
