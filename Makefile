@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 # GB. vLLM's default on the CPU is half of the memory, which the servers need too.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo test test-long check docs soak bench clean
+.PHONY: help setup demo test test-long test-ops check docs soak bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -39,6 +39,11 @@ test: check  ## every check: style, types, unit, integration, acceptance
 
 test-long: $(STAMP)  ## the tests that take minutes each
 	@$(PYTHON) -m pytest -m long
+
+# Prometheus comes from the system: Debian's package has the server and promtool.
+test-ops: $(STAMP)  ## let a real Prometheus scrape a real worker and answer every query
+	@command -v prometheus promtool >/dev/null || { echo "make test-ops needs Prometheus: apt-get install prometheus" >&2; exit 1; }
+	@$(PYTHON) -m pytest -m ops tests/ops
 
 docs: $(STAMP)  ## build the documentation into site/; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict

@@ -34,6 +34,8 @@ for role in admin worker producer reader; do
     done
 done
 
+[ -s grafana-admin-password ] || password | write grafana-admin-password
+
 # Addresses as the containers see them, and as programs on this machine do.
 for role in admin worker producer reader; do
     case $role in admin | worker) host=postgres ;; *) host=localhost ;; esac

@@ -218,7 +218,7 @@ def test_a_second_call_keeps_the_secrets(secrets: Path):
     assert {file.name: file.read_bytes() for file in secrets.iterdir()} == before
     assert secrets.stat().st_mode & 0o077 == 0
     passwords = [content for name, content in before.items() if name.endswith("-password")]
-    assert len(set(passwords)) == len(passwords) == 7
+    assert len(set(passwords)) == len(passwords) == 8
     assert all(len(password) == 48 for password in passwords)
 
 

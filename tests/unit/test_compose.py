@@ -21,7 +21,8 @@ COMPOSE = ROOT / "compose.yaml"
 DOCKERFILE = ROOT / "Dockerfile"
 WORKERS = ("worker-cpu", "worker-gpu")
 # Variables that are not ours: of the images, of vLLM, of CUDA and of psql.
-FOREIGN_VARIABLES = re.compile(r"(POSTGRES|VLLM|CUDA|PG)_?[A-Z_]+$")
+FOREIGN_VARIABLES = re.compile(r"(POSTGRES|VLLM|CUDA|PG|GF)_?[A-Z_]+$")
+MONITORING = ("prometheus", "grafana")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_workers_wait_for_servers_tables_and_roles(services: dict[str, Any]):
 
 
 def test_everything_that_lasts_is_watched_and_restarted(services: dict[str, Any]):
-    for name in ("postgres", "valkey", *WORKERS):
+    for name in ("postgres", "valkey", *WORKERS, *MONITORING):
         assert services[name]["restart"] == "unless-stopped"
         assert services[name]["healthcheck"]["test"]
         assert "stop_grace_period" in services[name]
@@ -121,6 +122,35 @@ def test_a_gpu_worker_has_one_card(services: dict[str, Any]):
     assert services["worker-cpu"]["profiles"] == ["cpu"]
 
 
+def test_memory_is_reserved(services: dict[str, Any]):
+    for name in ("postgres", "valkey", *WORKERS, *MONITORING):
+        assert services[name]["deploy"]["resources"]["reservations"]["memory"], name
+
+
+def test_monitoring_scrapes_every_worker(services: dict[str, Any]):
+    for name in MONITORING:
+        assert services[name]["profiles"] == ["monitoring"]
+    (told,) = [word for word in services["prometheus"]["command"] if "config.file" in word]
+    config = yaml.safe_load((ROOT / "deploy/prometheus" / Path(told).name).read_text())
+    (job,) = config["scrape_configs"]
+    (found,) = job["dns_sd_configs"]
+    assert sorted(found["names"]) == sorted(WORKERS)
+    assert found["port"] == Settings.model_fields["metrics_port"].default
+    for worker in WORKERS:
+        assert services[worker]["environment"]["PROMPTMILL_METRICS_HOST"] == "0.0.0.0"
+    for rules in config["rule_files"]:
+        assert (ROOT / "deploy/prometheus" / rules).exists()
+    sources = yaml.safe_load(
+        (ROOT / "deploy/grafana/provisioning/datasources/prometheus.yaml").read_text()
+    )
+    assert sources["datasources"][0]["url"] == "http://prometheus:9090"
+    boards = yaml.safe_load(
+        (ROOT / "deploy/grafana/provisioning/dashboards/promptmill.yaml").read_text()
+    )
+    path = boards["providers"][0]["options"]["path"]
+    assert any(f":{path}/" in volume for volume in services["grafana"]["volumes"])
+
+
 def test_images_are_pinned(services: dict[str, Any], instructions: list[tuple[str, str]]):
     for name, service in services.items():
         if "build" in service:
@@ -150,7 +180,7 @@ def test_no_password_stands_in_a_file(compose: dict[str, Any]):
         assert secret["file"].startswith("deploy/secrets/")
     for name, service in compose["services"].items():
         for variable, value in service.get("environment", {}).items():
-            assert not re.search("PASSWORD(?!_FILE)|TOKEN|SECRET", variable), (name, variable)
+            assert not re.search("PASSWORD(?!_{1,2}FILE)|TOKEN|SECRET", variable), (name, variable)
             assert not re.search(r"://[^/\s]*@", str(value)), (name, variable)
     assert "/secrets/" in (ROOT / "deploy/.gitignore").read_text()
 
