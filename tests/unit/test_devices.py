@@ -362,10 +362,15 @@ def test_a_worker_that_cannot_start_is_given_up_with_its_last_words(
 
 
 def test_one_that_dies_again_and_again_later_is_given_up_with_its_last_words(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     events: list[str] = []
-    child = f"print({READY!r}, flush=True); raise SystemExit('out of memory')"
+    # It takes jobs in its first life, and never starts again.
+    child = (
+        f"import pathlib; lived = pathlib.Path({str(tmp_path / 'lived')!r});"
+        f"lived.exists() or print({READY!r}, flush=True); lived.touch();"
+        "raise SystemExit('out of memory')"
+    )
     fleet = _fleet_of(child, monkeypatch, events)
     fleet.start()
     worker: WorkerProcess = fleet.workers[0]

@@ -172,7 +172,12 @@ class ModelProcess:
                 self._waiting.extendleft(reversed(batch))
                 self._refuse_all(exc)
                 continue
-            await self._serve(child, batch)
+            try:
+                await self._serve(child, batch)
+            except asyncio.CancelledError:
+                # Closed over this batch: whoever waits for it is told with the others.
+                self._waiting.extendleft(reversed(batch))
+                raise
 
     def _next_batch(self) -> list[_Item]:
         """Take what waits, up to the bounds; what its caller gave up is dropped."""
