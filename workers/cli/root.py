@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from schema.errors import PromptmillError
-from workers.cli import batch, cache, deployment, jobs, purge, submit
+from workers.cli import batch, cache, deployment, jobs, purge, submit, top
 from workers.cli.doctor import doctor
 from workers.cli.shared import EXIT_CODES, INTERRUPTED, Json, exit_code, print_json, say
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 submit.register(app)
 deployment.register(app)
 purge.register(app)
+top.register(app)
 app.command()(doctor)
 app.add_typer(batch.app, name="batch")
 app.add_typer(jobs.app, name="jobs")

@@ -1,0 +1,1 @@
+"""Tried with the tools of those who run it; ``make test-ops``."""
