@@ -121,7 +121,10 @@ class MetricsServer:
         path = environ.get("PATH_INFO", "/")
         if path == "/metrics":
             self._on_loop(self._refresh())
-            answer: Iterable[bytes] = self._metrics(environ, respond)
+            # Not OpenMetrics, which Prometheus likes better: in it prometheus_client writes vLLM's
+            # names with an underscore for the colon, and no query would find them.
+            asked = {**environ, "HTTP_ACCEPT": "text/plain"}
+            answer: Iterable[bytes] = self._metrics(asked, respond)
             return answer
         if path == "/targets":
             found = self._on_loop(self._targets())

@@ -156,5 +156,6 @@ def _began(job: JobStatus) -> datetime:
 
 
 def _reused(engine: Mapping[str, Any]) -> float | None:
-    requests = engine.get("requests") or 0
-    return 1 - min(engine.get("generated", 0) / requests, 1.0) if requests else None
+    reused = sum((engine.get("hits") or {}).values()) + (engine.get("coalesced") or 0)
+    answered = reused + (engine.get("generated") or 0)
+    return reused / answered if answered else None

@@ -30,7 +30,7 @@ SAID = {
     "tokens": 100,
     "memory": {"worker": 2_000_000_000, "engine": 1_000_000_000},
     "lag_s": 0.004,
-    "engine": {"requests": 4, "generated": 1},
+    "engine": {"generated": 1, "coalesced": 1, "hits": {"exact/memory": 2}},
 }
 
 
