@@ -397,7 +397,7 @@ def _scope_of(
     job: ClaimedJob,
     request: PromptRequest | OpenAIRequest,
     options: JobOptions,
-    trace_headers: dict[str, str] | None,
+    trace_headers: dict[str, str] | None = None,
 ) -> RequestScope:
     text, context = (None, b"") if isinstance(request, PromptRequest) else _compared(request)
     return RequestScope(
