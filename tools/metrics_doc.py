@@ -56,10 +56,10 @@ publication:
 
 The trace goes on from a span that the producer's own program has open. `OTEL_SERVICE_NAME`,
 `OTEL_TRACES_SAMPLER` and the other variables of OpenTelemetry hold; a submission that was not
-sampled makes no span anywhere. Jobs from the cache take well under a millisecond, and a span costs a
-tenth of that: sample where thousands come from the cache each second, for instance with
-`OTEL_TRACES_SAMPLER=parentbased_traceidratio` and `OTEL_TRACES_SAMPLER_ARG=0.01` at the producers.
-No span holds a prompt, an answer or the text of an error.
+sampled makes no span anywhere. Where thousands of jobs come from the cache each second, sample at
+the producers, for instance with `OTEL_TRACES_SAMPLER=parentbased_traceidratio` and
+`OTEL_TRACES_SAMPLER_ARG=0.01`. A repeat that a worker answers without a run has `wait` alone below
+its `job`: it shares answer, commit and publication with others. No span holds a prompt, an answer or the text of an error.
 
 ## Logs
 
