@@ -17,6 +17,33 @@ if TYPE_CHECKING:
     from workers.aio_client import AsyncJobClient
 
 _LOOKED_AT = 200  # newest running jobs, among which the slow ones are looked for
+_SILENT_S = 10  # a worker whose counts stay the same for so long does nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pace:
+    """What a worker had done at a moment, and how fast it was until then."""
+
+    at: float  # by the monotonic clock
+    ended: int
+    tokens: int
+    jobs_per_s: float | None = None
+    tokens_per_s: float | None = None
+
+    def until(self, now: float, ended: int, tokens: int) -> _Pace:
+        """Return the pace now: the former one until the worker tells of something new."""
+        passed_s = now - self.at
+        still = (ended, tokens) == (self.ended, self.tokens)
+        if passed_s <= 0 or (still and passed_s < _SILENT_S):
+            return self
+        return _Pace(
+            at=now,
+            ended=ended,
+            tokens=tokens,
+            # Counts of a worker that was started anew under its name begin at zero.
+            jobs_per_s=max(ended - self.ended, 0) / passed_s,
+            tokens_per_s=max(tokens - self.tokens, 0) / passed_s,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +56,7 @@ class WorkerView:
     running: int  # jobs
     slots: int  # jobs it may run at once
     ended: int  # jobs since its start
-    jobs_per_s: float | None  # None until it was seen twice
+    jobs_per_s: float | None  # None until two of its words were seen
     tokens_per_s: float | None
     reused: float | None  # share of its requests answered without a generation, 0 to 1
     memory_bytes: int
@@ -82,7 +109,7 @@ class Watcher:
         self._client = client
         self._namespace = namespace
         self._jobs = jobs
-        self._before: dict[str, tuple[float, int, int]] = {}  # moment, jobs and tokens
+        self._paces: dict[str, _Pace] = {}
 
     async def look(self) -> Overview:
         """Look once.
@@ -95,7 +122,7 @@ class Watcher:
         states = await living_workers(connection.redis)
         now = time.monotonic()
         workers = tuple(self._worker(name, states[name], now) for name in sorted(states))
-        self._before = {name: kept for name, kept in self._before.items() if name in states}
+        self._paces = {name: kept for name, kept in self._paces.items() if name in states}
         running = await self._of(JobState.RUNNING, _LOOKED_AT)
         return Overview(
             at=datetime.now(UTC),
@@ -130,11 +157,8 @@ class Watcher:
     def _worker(self, name: str, said: Mapping[str, Any], now: float) -> WorkerView:
         ended = sum((said.get("jobs") or {}).values())
         tokens = int(said.get("tokens") or 0)
-        then, jobs_then, tokens_then = self._before.get(name, (now, ended, tokens))
-        # A worker speaks every few seconds: between two words of it there is no news.
-        if now == then or (ended, tokens) != (jobs_then, tokens_then) or now - then > 10:
-            self._before[name] = (now, ended, tokens)
-        passed_s = now - then
+        before = self._paces.get(name) or _Pace(at=now, ended=ended, tokens=tokens)
+        pace = self._paces[name] = before.until(now, ended, tokens)
         engine = said.get("engine") or {}
         return WorkerView(
             name=name,
@@ -143,8 +167,8 @@ class Watcher:
             running=int(said.get("running") or 0),
             slots=int(said.get("slots") or 0),
             ended=ended,
-            jobs_per_s=(ended - jobs_then) / passed_s if passed_s else None,
-            tokens_per_s=(tokens - tokens_then) / passed_s if passed_s else None,
+            jobs_per_s=pace.jobs_per_s,
+            tokens_per_s=pace.tokens_per_s,
             reused=_reused(engine),
             memory_bytes=sum((said.get("memory") or {}).values()),
             lag_s=float(said.get("lag_s") or 0.0),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator, Iterable
 from uuid import uuid4
 
+import orjson
 import pytest
 
+from schema.errors import ConfigurationError
 from schema.jobs import JobError, JobResult, JobState
 from tests.integration.builders import admit, spec
 from workers import registry
 from workers.aio_client import AsyncJobClient
+from workers.cli.top import _watch
 from workers.cli.top_view import JobScreen, TopView
 from workers.local import LocalStack
 from workers.overview import Watcher
@@ -95,6 +100,10 @@ async def test_a_look_has_workers_queues_and_jobs(client: AsyncJobClient, worker
     assert mine.jobs_per_s > 0
     assert mine.tokens_per_s == pytest.approx(50 * mine.jobs_per_s)
 
+    # Workers speak less often than one looks: until the next word the rate stands.
+    (again,) = [one for one in (await watcher.look()).workers if one.name == worker]
+    assert again.jobs_per_s == mine.jobs_per_s
+
 
 async def test_keys_look_into_cancel_and_retry(client: AsyncJobClient, worker: str) -> None:
     bad, running = await failed_and_running(client)
@@ -112,12 +121,96 @@ async def test_keys_look_into_cancel_and_retry(client: AsyncJobClient, worker: s
         await until(pilot, lambda: not isinstance(app.screen, JobScreen))
 
         await pilot.press("c")
-        await until(pilot, lambda: bool(app._notifications))
+        await until(pilot, lambda: told(app) == ["cancelled"])
         await pilot.press("down", "r")
         async with asyncio.timeout(30):
             while (await client.status(bad)).state is not JobState.QUEUED:
                 await pilot.pause(0.05)
         await pilot.press("q")
+        await until(pilot, lambda: not app.is_running)
+
+
+async def test_keys_act_on_the_job_that_was_chosen(client: AsyncJobClient, worker: str) -> None:
+    bad, _ = await failed_and_running(client)
+    app = TopView(client, every_s=3600)
+    async with app.run_test(size=(160, 48)) as pilot:
+        await pilot.press("down")
+        await until(pilot, lambda: str(app._under_cursor()) == bad)
+
+        # Others come in before it: the cursor goes with its job.
+        other, _ = await failed_and_running(client)
+        await app.look()
+        assert str(app._under_cursor()) == bad
+
+        # It leaves the list: what the cursor falls on is touched at the second press only.
+        await client.retry(bad)
+        await app.look()
+        assert str(app._under_cursor()) == other
+        await pilot.press("r")
+        await until(pilot, lambda: any("left the list" in text for text in told(app)))
+        assert (await client.status(other)).state is JobState.FAILED
+        await pilot.press("r")
+        async with asyncio.timeout(30):
+            while (await client.status(other)).state is not JobState.QUEUED:
+                await pilot.pause(0.05)
+
+
+async def test_one_look_is_printed_for_scripts(
+    client: AsyncJobClient, worker: str, stack: LocalStack
+) -> None:
+    bad, running = await failed_and_running(client)
+    told_json = orjson.loads(await printed(client, stack, "--json"))
+    assert named_in(told_json["failed"]) == [bad]
+    assert named_in(told_json["slow"]) == [running]
+    assert worker in {one["name"] for one in told_json["workers"]}
+    # A pipe is no terminal: tables, with or without the option.
+    for options in (("--once",), ()):
+        text = await printed(client, stack, *options)
+        assert bad in text
+        assert "gpu0" in text
+
+
+def test_without_textual_one_line_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "workers.cli.top_view", None)
+    with pytest.raises(ConfigurationError, match=r"promptmill\[top\]"):
+        _watch(load_settings(), 2.0, None)
+
+
+async def printed(client: AsyncJobClient, stack: LocalStack, *options: str) -> str:
+    """What ``promptmill top`` writes in a process of its own."""
+    env = {
+        **os.environ,
+        "PROMPTMILL_DATA_DIR": str(stack.data_dir),
+        "PROMPTMILL_NAMESPACE": client.settings.namespace,
+        "COLUMNS": "200",
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "workers.cli",
+        "top",
+        *options,
+        env=env,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), 60)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, err.decode()
+    return out.decode()
+
+
+def named_in(jobs: Iterable[dict[str, object]]) -> list[object]:
+    return [job["job_id"] for job in jobs]
+
+
+def told(app: TopView) -> list[str]:
+    return [note.message for note in app._notifications]
 
 
 async def until(pilot: object, condition: object) -> None:

@@ -68,6 +68,7 @@ class TopView(App[None]):
         self._namespace = namespace
         self._every_s = every_s
         self._watcher = Watcher(client, namespace=namespace)
+        self._unchosen: UUID | None = None  # where the cursor fell when the chosen job went away
 
     def compose(self) -> ComposeResult:
         """Make the widgets."""
@@ -104,13 +105,24 @@ class TopView(App[None]):
             shown = self._table(name)
             shown.clear()
             shown.add_rows(rows)
+        self._fill_jobs(seen)
+
+    def _fill_jobs(self, seen: Overview) -> None:
+        """Show the jobs; the cursor stays on its job, wherever that is now."""
         jobs = self._table("jobs")
-        chosen = jobs.cursor_row
+        row, chosen = jobs.cursor_row, self._under_cursor()
         jobs.clear()
         for job in (*seen.slow, *seen.failed):
             jobs.add_row(*_job_row(job, seen), key=str(job.job_id))
-        if jobs.row_count:
-            jobs.move_cursor(row=min(chosen, jobs.row_count - 1))
+        if not jobs.row_count:
+            return
+        ids = [job.job_id for job in (*seen.slow, *seen.failed)]
+        gone = chosen is not None and chosen not in ids
+        jobs.move_cursor(
+            row=min(row, len(ids) - 1) if chosen is None or gone else ids.index(chosen)
+        )
+        if gone:
+            self._unchosen = self._under_cursor()
 
     async def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Look into the job that was chosen."""
@@ -147,6 +159,15 @@ class TopView(App[None]):
             await self.look()
 
     def _chosen(self) -> UUID | None:
+        """Return the job to act upon; none when the cursor came to it by itself."""
+        job_id = self._under_cursor()
+        fell, self._unchosen = self._unchosen, None
+        if job_id is not None and job_id == fell:
+            self.notify("the job that was chosen left the list; press again for this one")
+            return None
+        return job_id
+
+    def _under_cursor(self) -> UUID | None:
         jobs = self._table("jobs")
         if not jobs.row_count:
             return None
