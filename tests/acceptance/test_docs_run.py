@@ -38,7 +38,6 @@ NOT_RUN = {
     "promptmill db upgrade": "names a server that does not exist",
     "export PROMPTMILL_": "the same",
     "deploy/make-secrets.sh": "writes into the checkout; tests/integration/test_deploy.py runs it",
-    "promptmill top": "a screen that goes on until it is left",
     "pip install": "installs from an index",
     "git ": "fetches from afar",
     "psql ": "names a server that does not exist",
