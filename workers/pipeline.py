@@ -6,7 +6,7 @@ Read it from top to bottom:
 2. As engine slots free, jobs are claimed: a lease, and a fencing token that only grows.
 3. `_run` answers one job, while the lease keeper renews its lease. Requests that this worker knows
    the answer to need no run: they skip to the next step, all of a group together.
-4. `_commit`: one transaction for answer, embedding, NLP result and outcome.
+4. `_commit_all`: one transaction for answer, embedding, NLP result and outcome.
 5. `_publish`: the outcome goes on its result channel, and is marked as published.
 6. `run_message` returns when all its jobs have ended, and Celery acknowledges the message.
 

@@ -79,8 +79,7 @@ JOBS_RETURNED = Series(
     part="jobs",
     name="promptmill_jobs_returned_total",
     kind="counter",
-    help="Jobs this worker gave up: stopping, engine-died, lease-lost (to another worker), or "
-    "suspect (waits to be run alone).",
+    help="Jobs this worker gave up: stopping, engine-died, or lease-lost (to another worker).",
     labels=("model", "reason"),
 )
 JOBS_RUNNING = Series(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -13,6 +11,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from schema.jobs import JobState
 from tests.engine.conftest import Equipped
+from tests.stand_ins import claimed_job
 from workers.answering import Answerer
 from workers.bundled import bundled_model
 from workers.handlers import OpenAIHandlers
@@ -25,26 +24,7 @@ URLS = ("/v1/chat/completions", "/v1/completions")
 
 
 def claimed(request: dict[str, Any], **options: Any) -> ClaimedJob:
-    return ClaimedJob(
-        id=uuid4(),
-        namespace="answering",
-        model=NAME,
-        channel="c",
-        priority=5,
-        request=request,
-        options=options,
-        token=1,
-        attempts=1,
-        max_attempts=3,
-        crashes=0,
-        deadline_at=None,
-        left_s=None,
-        batch_id=None,
-        custom_id=None,
-        cancel_requested=False,
-        created_at=datetime.now(UTC),
-        traceparent=None,
-    )
+    return claimed_job(request, namespace="answering", model=NAME, options=options)
 
 
 def body_of(url: str, **fields: Any) -> dict[str, Any]:

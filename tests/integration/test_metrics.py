@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 from schema import names
 from schema.wire import JobMessage
 from tests.integration.builders import admit, spec
+from tests.stand_ins import final_output
 from workers import series
 from workers.backlog import Backlog, SharedBacklog
 from workers.connection import open_redis
@@ -57,11 +58,7 @@ class PlayedEngine:
 
     async def generate(self, prompt: str, _params: Any, request_id: str) -> AsyncIterator[Any]:
         """Answer, refuse, fail, or hang."""
-        from vllm.outputs import CompletionOutput, RequestOutput
-
         from workers.answering import TryAgainError
-        from workers.engine.output import EnhancedRequestOutput
-        from workers.engine.scope import ReportEntry, current_scope
 
         if prompt == "refuse":
             raise ValueError("no")
@@ -71,29 +68,14 @@ class PlayedEngine:
             raise TryAgainError(JobError(type="Failed", message="for once"))
         if prompt == "hang":
             await asyncio.Event().wait()
-        completion = CompletionOutput(
-            index=0,
-            text="A field.",
-            token_ids=[1, 2, 3],
-            cumulative_logprob=None,
-            logprobs=None,
-            finish_reason="stop",
+        yield final_output(
+            prompt,
+            request_id,
+            "A field.",
+            token_ids=(1, 2, 3),
+            metadata={"provenance": "exact"},
+            stored=True,
         )
-        output = RequestOutput(
-            request_id=request_id,
-            prompt=prompt,
-            prompt_token_ids=[],
-            prompt_logprobs=None,
-            outputs=[completion],
-            finished=True,
-        )
-        scope = current_scope()
-        assert scope is not None
-        metadata = {"provenance": "exact"}
-        scope.report.entries.append(
-            ReportEntry(request_id=request_id, metadata=metadata, answer=None, stored=True)
-        )
-        yield EnhancedRequestOutput.of(output, metadata)
 
     def stats(self) -> dict[str, Any]:
         """Some of everything."""

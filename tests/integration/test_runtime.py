@@ -16,6 +16,7 @@ import pytest
 from schema import names
 from schema.wire import JobMessage
 from tests.integration.builders import admit, answer, number, spec
+from tests.stand_ins import final_output
 from workers.cache.memory import MemoryCache
 from workers.channel import ResultChannel
 from workers.connection import open_redis
@@ -44,34 +45,8 @@ class PlayedEngine:
 
     async def generate(self, prompt: str, _params: Any, request_id: str) -> AsyncIterator[Any]:
         """Yield the one answer, as one read from the store."""
-        from vllm.outputs import CompletionOutput, RequestOutput
-
-        from workers.engine.output import EnhancedRequestOutput
-        from workers.engine.scope import ReportEntry, current_scope
-
-        completion = CompletionOutput(
-            index=0,
-            text="A field.",
-            token_ids=[],
-            cumulative_logprob=None,
-            logprobs=None,
-            finish_reason="stop",
-        )
-        output = RequestOutput(
-            request_id=request_id,
-            prompt=prompt,
-            prompt_token_ids=[],
-            prompt_logprobs=None,
-            outputs=[completion],
-            finished=True,
-        )
         metadata = {"provenance": "exact", "answer_id": str(self.answer_id)}
-        scope = current_scope()
-        assert scope is not None
-        scope.report.entries.append(
-            ReportEntry(request_id=request_id, metadata=metadata, answer=None, stored=True)
-        )
-        yield EnhancedRequestOutput.of(output, metadata)
+        yield final_output(prompt, request_id, "A field.", metadata=metadata, stored=True)
 
     def stats(self) -> dict[str, Any]:
         """Nothing to tell."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from vllm.outputs import CompletionOutput, RequestOutput
 
 from schema.errors import InvalidRequestError
 from schema.jobs import Completion, JobState, OpenAIRequest, PromptRequest, Reuse
+from tests.stand_ins import claimed_job, final_output
 from workers.answer_schema import SECOND_TEMPERATURE, check_schema, fault_of, schema_of, second_try
 from workers.answering import Answerer
-from workers.engine.output import EnhancedRequestOutput
 from workers.engine.protocols import StoredAnswer, StoredCompletion
-from workers.engine.scope import ReportEntry, current_scope
+from workers.engine.scope import current_scope
 from workers.store.records import ClaimedJob
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}}}
@@ -121,26 +119,9 @@ class ScriptedLlm:
         )
         self.made.append(answer.id)
         metadata = {"provenance": "generated", "answer_id": str(answer.id)}
-        scope.report.entries.append(
-            ReportEntry(request_id=request_id, metadata=metadata, answer=answer, stored=False)
+        yield final_output(
+            asked, request_id, text, token_ids=(1,), metadata=metadata, answer=answer
         )
-        piece = CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=[1],
-            cumulative_logprob=None,
-            logprobs=None,
-            finish_reason="stop",
-        )
-        native = RequestOutput(
-            request_id=request_id,
-            prompt=asked,
-            prompt_token_ids=[1],
-            prompt_logprobs=None,
-            outputs=[piece],
-            finished=True,
-        )
-        yield EnhancedRequestOutput.of(native, metadata)
 
     def forget(self, *, namespace: str, answer_ids: frozenset[UUID]) -> int:
         assert answer_ids, "an empty set would be every answer"
@@ -149,25 +130,7 @@ class ScriptedLlm:
 
 
 def claimed(request: PromptRequest, **options: Any) -> ClaimedJob:
-    return ClaimedJob(
-        id=uuid4(),
-        namespace="n",
-        model="m",
-        channel="c",
-        priority=5,
-        request=request.model_dump(mode="json"),
-        options=options,
-        token=1,
-        attempts=1,
-        max_attempts=3,
-        crashes=0,
-        deadline_at=None,
-        batch_id=None,
-        custom_id=None,
-        cancel_requested=False,
-        created_at=datetime.now(UTC),
-        traceparent=None,
-    )
+    return claimed_job(request.model_dump(mode="json"), options=options)
 
 
 def answerer(llm: ScriptedLlm) -> Answerer:

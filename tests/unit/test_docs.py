@@ -154,28 +154,17 @@ def test_the_example_is_short_and_shows_its_output():
     assert "exact" in output[1]
 
 
-def test_settings_page_is_current():
+@pytest.mark.parametrize("page", ["settings", "metrics"])
+def test_generated_pages_are_current(page: str):
     made = subprocess.run(
-        [sys.executable, ROOT / "tools/settings_doc.py"],
+        [sys.executable, ROOT / f"tools/{page}_doc.py"],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    page = (ROOT / "docs/settings.md").read_text()
-    assert page == made.stdout, "run: python tools/settings_doc.py > docs/settings.md"
-
-
-def test_metrics_page_is_current():
-    made = subprocess.run(
-        [sys.executable, ROOT / "tools/metrics_doc.py"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    page = (ROOT / "docs/metrics.md").read_text()
-    assert page == made.stdout, "run: python tools/metrics_doc.py > docs/metrics.md"
+    text = (ROOT / f"docs/{page}.md").read_text()
+    assert text == made.stdout, f"run: python tools/{page}_doc.py > docs/{page}.md"
 
 
 class TestWireFormat:

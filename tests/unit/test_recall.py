@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from schema.jobs import Completion, JobResult, JobState, Provenance
+from tests.stand_ins import claimed_job
 from workers.engine.protocols import StoredAnswer, StoredCompletion
 from workers.recall import Recall
 from workers.store.records import ClaimedJob, Outcome
@@ -44,14 +45,8 @@ class Memory:
 
 
 def job(**fields: Any) -> ClaimedJob:
-    values: dict[str, Any] = {
-        "id": uuid4(), "namespace": "n", "model": "m", "channel": "c", "priority": 5,
-        "request": {"kind": "openai", "url": "/v1/chat/completions", "body": {"messages": []}},
-        "options": {}, "token": 1, "attempts": 1, "max_attempts": 3, "crashes": 0,
-        "deadline_at": None, "batch_id": None, "custom_id": None, "cancel_requested": False,
-        "created_at": datetime.now(UTC), "traceparent": None,
-    }  # fmt: skip
-    return ClaimedJob(**{**values, **fields})
+    chat = {"kind": "openai", "url": "/v1/chat/completions", "body": {"messages": []}}
+    return claimed_job(**{"request": chat, **fields})
 
 
 def outcome(of: ClaimedJob, **body: Any) -> Outcome:

@@ -17,6 +17,8 @@ from workers.cli.top import QUEUES, WORKERS, queue_rows, worker_rows
 from workers.overview import Overview, Watcher
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from schema.jobs import JobStatus
     from workers.aio_client import AsyncJobClient
 
@@ -111,12 +113,13 @@ class TopView(App[None]):
         """Show the jobs; the cursor stays on its job, wherever that is now."""
         jobs = self._table("jobs")
         row, chosen = jobs.cursor_row, self._under_cursor()
+        shown = (*seen.slow, *seen.failed)
         jobs.clear()
-        for job in (*seen.slow, *seen.failed):
+        for job in shown:
             jobs.add_row(*_job_row(job, seen), key=str(job.job_id))
-        if not jobs.row_count:
+        if not shown:
             return
-        ids = [job.job_id for job in (*seen.slow, *seen.failed)]
+        ids = [job.job_id for job in shown]
         gone = chosen is not None and chosen not in ids
         jobs.move_cursor(
             row=min(row, len(ids) - 1) if chosen is None or gone else ids.index(chosen)
@@ -149,9 +152,9 @@ class TopView(App[None]):
         if (job_id := self._chosen()) is not None:
             await self._do("queued again", self._client.retry(job_id, namespace=self._namespace))
 
-    async def _do(self, done: str, call: object) -> None:
+    async def _do(self, done: str, call: Awaitable[object]) -> None:
         try:
-            changed = await call  # type: ignore[misc]
+            changed = await call
         except PromptmillError as exc:
             self.notify(str(exc), severity="error")
         else:

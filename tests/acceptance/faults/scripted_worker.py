@@ -55,6 +55,7 @@ _IMPORTED = (
     "celery.worker.consumer",
     "psycopg",
     "redis.asyncio",
+    "tests.stand_ins",
     "vllm.outputs",
     "vllm.sampling_params",
     "workers.announcements",
@@ -93,10 +94,7 @@ class ScriptedEngine:
 
     async def generate(self, prompt: str, _params: Any, request_id: str) -> AsyncIterator[Any]:
         """Yield the one answer."""
-        from vllm.outputs import CompletionOutput, RequestOutput
-
-        from workers.engine.output import EnhancedRequestOutput
-        from workers.engine.scope import ReportEntry, current_scope
+        from tests.stand_ins import final_output
 
         if prompt.startswith(KILLER) or _asked_for(ENGINE_DIES):
             self._gone.set()
@@ -108,27 +106,7 @@ class ScriptedEngine:
         if prompt.startswith(REFUSED):
             msg = "the scripted engine does not take this prompt"
             raise ValueError(msg)
-        completion = CompletionOutput(
-            index=0,
-            text=scripted_answer(prompt),
-            token_ids=[],
-            cumulative_logprob=None,
-            logprobs=None,
-            finish_reason="stop",
-        )
-        output = RequestOutput(
-            request_id=request_id,
-            prompt=prompt,
-            prompt_token_ids=[],
-            prompt_logprobs=None,
-            outputs=[completion],
-            finished=True,
-        )
-        scope = current_scope()
-        assert scope is not None
-        entry = ReportEntry(request_id=request_id, metadata={}, answer=None, stored=False)
-        scope.report.entries.append(entry)
-        yield EnhancedRequestOutput.of(output, {})
+        yield final_output(prompt, request_id, scripted_answer(prompt), metadata={})
 
     async def _think(self, seconds: float | None) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
