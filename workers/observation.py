@@ -138,11 +138,15 @@ class Observation:
 
     async def _targets(self) -> list[tuple[str, dict[str, str]]]:
         living = await living_workers(self._redis)
-        return [
-            (state["metrics"], {"worker": name})
-            for name, state in sorted(living.items())
+        # One that was killed is listed for some seconds more, and its port may be another's by
+        # then: scraped under both names, that one would count twice.
+        by_start = sorted(living.items(), key=lambda one: str(one[1].get("started_at")))
+        names_at = {
+            state["metrics"]: name
+            for name, state in by_start
             if isinstance(state.get("metrics"), str)
-        ]
+        }
+        return [(address, {"worker": name}) for address, name in sorted(names_at.items())]
 
 
 def _by_model(living: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

@@ -124,12 +124,16 @@ class Watcher:
         workers = tuple(self._worker(name, states[name], now) for name in sorted(states))
         self._paces = {name: kept for name, kept in self._paces.items() if name in states}
         running = await self._of(JobState.RUNNING, _LOOKED_AT)
+        failed = await self._of(JobState.FAILED, self._jobs)
+        # One that failed between the two questions is in both answers.
+        over = {job.job_id for job in failed}
+        slow = sorted((job for job in running if job.job_id not in over), key=_began)
         return Overview(
             at=datetime.now(UTC),
             workers=workers,
             queues=await self._queues(workers),
-            slow=tuple(sorted(running, key=_began)[: self._jobs]),
-            failed=tuple(await self._of(JobState.FAILED, self._jobs)),
+            slow=tuple(slow[: self._jobs]),
+            failed=tuple(failed),
         )
 
     async def _of(self, state: JobState, limit: int) -> list[JobStatus]:

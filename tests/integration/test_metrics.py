@@ -27,7 +27,7 @@ from workers.endpoints import Endpoints
 from workers.local import LocalStack
 from workers.metrics_server import MetricsServer
 from workers.pipeline import Pipeline
-from workers.queue_marks import living_workers
+from workers.queue_marks import living_workers, shine
 from workers.runtime import worker_runtime
 from workers.serving import ServedModel
 from workers.settings import load_settings
@@ -240,12 +240,18 @@ async def test_workers_of_a_host_take_a_port_each_and_list_one_another(
     assert await get(str(beside.address), "/metrics") == b""
     await beside.aclose()
 
+    # One that had the port before, and was killed: it is still believed to live.
+    killed = {"models": [MODEL], "metrics": address, "started_at": "2000-01-01T00:00:00+00:00"}
+    for name in ("0", "z"):
+        await shine(redis, f"{name}@{MODEL}", killed)
     (group,) = [
         group
         for group in orjson.loads(await get(address, "/targets"))
         if group["targets"] == [address]
     ]
     assert group["labels"]["worker"].startswith(f"{MODEL}@")
+    for name in ("0", "z"):
+        await redis.delete(names.worker_key(f"{name}@{MODEL}"))
 
 
 async def test_metrics_can_be_switched_off(workers: Any, redis: Redis) -> None:

@@ -105,6 +105,20 @@ async def test_a_look_has_workers_queues_and_jobs(client: AsyncJobClient, worker
     assert again.jobs_per_s == mine.jobs_per_s
 
 
+async def test_a_job_that_fails_during_the_look_is_shown_once(
+    client: AsyncJobClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, running = await failed_and_running(client)
+    states = await client.jobs()
+
+    async def both(**_asked: object) -> list[object]:
+        return list(states)
+
+    monkeypatch.setattr(client, "jobs", both)
+    seen = await Watcher(client).look()
+    assert sorted([*named(seen.slow), *named(seen.failed)]) == sorted([bad, running])
+
+
 async def test_keys_look_into_cancel_and_retry(client: AsyncJobClient, worker: str) -> None:
     bad, running = await failed_and_running(client)
     app = TopView(client, every_s=3600)
