@@ -145,6 +145,18 @@ class _Guard:
             reply = super().parse_response(connection, command_name, **options)  # type: ignore[misc]
         return self._sift(reply) if command_name == "BRPOP" and reply else reply
 
+    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a pipeline; it reads replies by itself, and must have refusals wait as well."""
+        pipe = super().pipeline(*args, **kwargs)  # type: ignore[misc]
+        execute = pipe.execute
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            with _refusals_pass_by():
+                return execute(*args, **kwargs)
+
+        pipe.execute = guarded
+        return pipe
+
 
 class _GuardedRedis(_Guard, redis.Redis):  # type: ignore[type-arg,unused-ignore]  # by some stubs
     """With plain keys."""
@@ -211,11 +223,6 @@ class Channel(kombu_redis.Channel):
         """Return once the bytes of the item being delivered."""
         raw, self._raw = self._raw, None
         return raw
-
-    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
-        """Acknowledge a message."""
-        with _refusals_pass_by():
-            super().basic_ack(delivery_tag, multiple=multiple)
 
     def basic_reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Reject a message; unless it is requeued, it goes to the dead list first."""

@@ -237,6 +237,9 @@ async def send_anew(client: AsyncJobClient, worker: PlayedWorker) -> None:
         model=client.settings.served_model_name or "",
         priority=names.DEFAULT_PRIORITY,
     )
+    async with asyncio.timeout(60):
+        while not worker.left:  # it finishes the last one first
+            await asyncio.sleep(0.01)
     message = wire.JobMessage(namespace=route.namespace, sent_at=0.0, ids=tuple(worker.left))
     await worker.redis.lpush(route.key, wire.encode(message, route))
 

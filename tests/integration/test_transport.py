@@ -213,6 +213,28 @@ def test_basic_get_skips_poison(stack: Any, server: Any, sound: dict[str, Any]) 
     assert read_dead(server.lindex(DEAD, 0))[0] == b"poison"
 
 
+def test_a_redis_that_takes_no_writes_is_waited_for(
+    stack: Any, server: Any, sound: dict[str, Any]
+) -> None:
+    """Celery takes a refusal for a bug of its own and ends the worker, a lost connection not."""
+    settings = broker_settings(kombu_url(stack.redis_url))
+    server.lpush("got", json.dumps(sound).encode())
+    with Connection(settings["broker_url"], transport=settings["broker_transport"]) as connection:
+        channel = connection.channel()
+        found = channel.basic_get("got")
+        server.config_set("min-replicas-to-write", 1)
+        try:
+            # To note that a message is in hand, and that it is done.
+            with pytest.raises(connection.connection_errors, match="NOREPLICAS"):
+                channel.qos.append(found, "another")
+            with pytest.raises(connection.connection_errors, match="NOREPLICAS"):
+                found.ack()
+        finally:
+            server.config_set("min-replicas-to-write", 0)
+        found.ack()
+        assert server.hlen("unacked") == 0
+
+
 def test_entries_survive_an_outage(stack: Any, server: Any, monkeypatch: Any) -> None:
     server.delete(DEAD)
     settings = broker_settings(kombu_url(stack.redis_url))
