@@ -231,16 +231,18 @@ async def test_order_and_a_small_window(
 
 
 async def send_anew(client: AsyncJobClient, worker: PlayedWorker) -> None:
-    """Send what a tired worker gave back, as recovery does."""
+    """Send what a tired worker gave back, as recovery does.
+
+    And what a client that was killed had written and not sent.
+    """
     route = wire.Route(
         namespace=client.settings.namespace,
         model=client.settings.served_model_name or "",
         priority=names.DEFAULT_PRIORITY,
     )
-    async with asyncio.timeout(60):
-        while not worker.left:  # it finishes the last one first
-            await asyncio.sleep(0.01)
-    message = wire.JobMessage(namespace=route.namespace, sent_at=0.0, ids=tuple(worker.left))
+    queued = await client.jobs(state="queued", limit=1000)
+    ids = {*worker.left, *(job.job_id for job in queued)}
+    message = wire.JobMessage(namespace=route.namespace, sent_at=0.0, ids=tuple(ids))
     await worker.redis.lpush(route.key, wire.encode(message, route))
 
 
@@ -453,6 +455,9 @@ async def test_a_killed_run_goes_on_to_the_row(
         assert f"what is in {target}.partial is safe, and --resume goes on" in said.decode()
         assert process.returncode == 130
     assert not target.exists()
+    async with asyncio.timeout(60):
+        while not worker.left:  # told now that it may go on, it would not give back the rest
+            await asyncio.sleep(0.01)
     worker.most = None
     again = asyncio.create_task(worker.work())
     try:

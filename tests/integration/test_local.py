@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -81,7 +82,8 @@ def data_dir(tmp_path: Path) -> Iterator[Path]:
     yield data_dir
     # Nothing may outlive a test, not even one that failed.
     for process in processes_of(data_dir):
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it is about to end by itself
+            process.kill()
     wait_until_gone(data_dir)
 
 
