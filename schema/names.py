@@ -35,6 +35,8 @@ INVALIDATIONS = "promptmill:invalidate"
 CANCELLATIONS = "promptmill:cancel"
 #: Key that holds the epoch of this Redis' data; gone when the data was lost.
 EPOCH = "promptmill:epoch"
+#: Key that holds the last moment, by Postgres' clock, whose messages and results this Redis has.
+MOMENT = "promptmill:moment"
 #: Sorted set of the channels that results were published on, by the time of the last one.
 CHANNELS = "promptmill:channels"
 #: Key of the shared count of jobs that wait and run, and of the mark that somebody counts.

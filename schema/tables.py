@@ -335,6 +335,7 @@ class BrokerRow(Base):
         SmallInteger, primary_key=True, autoincrement=False, server_default="1"
     )
     epoch: Mapped[str] = mapped_column(comment="as Redis bears it")
+    server: Mapped[str | None] = mapped_column(comment="run_id of the Redis that bore it last")
     since: Mapped[datetime] = mapped_column(server_default=func.now())
 
     __table_args__ = (CheckConstraint("id = 1", name="one"),)

@@ -48,7 +48,8 @@ class ChannelConsumer:
     block_s: float
     #: Called when the group was made or joined, to register it in Postgres.
     on_join: Callable[[], Awaitable[None]] | None = None
-    _seen: OrderedDict[tuple[UUID, int], str] = field(default_factory=OrderedDict, repr=False)
+    #: Entries that hold an outcome and are not acknowledged; none when the outcome is done with.
+    _seen: OrderedDict[tuple[UUID, int], set[str]] = field(default_factory=OrderedDict, repr=False)
 
     async def __aiter__(self) -> AsyncIterator[Delivery]:
         """Yield results as they come; end it by leaving the loop."""
@@ -78,7 +79,12 @@ class ChannelConsumer:
         Raises:
             BrokerUnavailableError: Redis failed: they will come again.
         """
-        await self._ack_entries([delivery.cursor for delivery in deliveries])
+        keys = [(delivery.result.job_id, delivery.result.token) for delivery in deliveries]
+        cursors = {delivery.cursor for delivery in deliveries}
+        await self._ack_entries([*cursors.union(*(self._seen.get(key, ()) for key in keys))])
+        for key in keys:
+            if key in self._seen:
+                self._seen[key] = set()
 
     async def _ack_entries(self, cursors: Sequence[str | bytes]) -> None:
         if cursors:
@@ -130,12 +136,14 @@ class ChannelConsumer:
         spent = [cursor for cursor, _ in entries if cursor.decode() not in cursors]
         for delivery in readable:
             key = (delivery.result.job_id, delivery.result.token)
-            if (first := self._seen.get(key)) is None:
-                self._seen[key] = delivery.cursor
+            if (entries_left := self._seen.get(key)) is None:
+                self._seen[key] = {delivery.cursor}
                 fresh.append(delivery)
-            elif first != delivery.cursor:
-                # A repeat. The same entry again, however, is one that is still being worked on
-                # here: it stays pending, and is not yielded twice.
+            elif entries_left:
+                # It is still being worked on here, and not yielded twice. Until it is acknowledged
+                # the repeat stays pending too: Redis may have lost the entry that was yielded.
+                entries_left.add(delivery.cursor)
+            else:
                 spent.append(delivery.cursor.encode())
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)

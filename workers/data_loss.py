@@ -5,18 +5,26 @@ flushed, or that came back without its data, bears none: it is given a new one, 
 Then what waits in Postgres gets new messages, and what some consumer group had not acknowledged is
 published again. How far each group had read is looked up on Redis every few seconds and noted in
 Postgres; what was acknowledged since the last look is delivered twice.
+
+A Redis that was killed, or whose replica took over, may have lost its last moments only. It is
+known by its run_id, which every start of a server draws anew. At each look the present moment is
+written to Redis; so the one that is found after a restart is that up to which nothing was lost,
+for Redis keeps and copies its writes in order. What it was given since then is sent and published
+again, under a new epoch.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import structlog
 
 from schema import names
-from workers.store.records import GroupPosition, ResultGroup
+from workers.store.records import GroupPosition, KnownRedis, ResultGroup
 from workers.streams import Entry, broker_errors, reply
 
 if TYPE_CHECKING:
@@ -26,6 +34,27 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 _MOST_CHANNELS = 500  # looked at in one go; of more, a random choice each time
+
+# In one step, for the server may be restarted between two.
+_LOOK = """
+redis.call('SET', KEYS[1], ARGV[1], 'NX')
+local info = redis.pcall('INFO', 'server')
+local server = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or ''
+if server ~= '' and server == ARGV[2] then
+    redis.call('SET', KEYS[2], ARGV[3])
+end
+return {redis.call('GET', KEYS[1]), server, redis.call('GET', KEYS[2])}
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """What Redis bears."""
+
+    epoch: str
+    server: str | None  # its run_id; what was known before when it does not say so
+    moment: datetime | None  # until when it has all that it was given
+    restarted: bool = False  # with its data, the last moments perhaps excepted
 
 
 class DataLoss:
@@ -44,7 +73,7 @@ class DataLoss:
         self._noted: dict[ResultGroup, tuple[str, int]] = {}  # as they stood at the last look
 
     async def heed(self) -> int:
-        """Have what was lost sent and published again, if Redis has lost its data.
+        """Have what was lost sent and published again, if Redis may have lost something.
 
         Returns:
             How many outcomes are to be published again.
@@ -52,14 +81,50 @@ class DataLoss:
         Raises:
             ServiceError: Postgres or Redis cannot be used now.
         """
+        known = await self._jobs.known_redis()
+        seen = await self._look(known)
+        if known.epoch is None or known.server is None:
+            known = await self._jobs.meet(seen.epoch, seen.server)
+        if known.epoch != seen.epoch:
+            return await self._make_good(seen)
+        if known.server != seen.server:
+            return await self._make_good(await self._begin_epoch(seen))
+        return 0
+
+    async def _look(self, known: KnownRedis) -> _Seen:
+        """See what Redis bears, and note the moment on it if it is the server that it was."""
+        values = (uuid4().hex, known.server or "", known.moment.isoformat())
         with broker_errors("asking for its epoch"):
-            await self._redis.set(names.EPOCH, uuid4().hex, nx=True)
-            borne = (await self._redis.get(names.EPOCH)).decode()
-        if await self._jobs.epoch(borne) == borne:
-            return 0
+            epoch, server, moment = await self._redis.eval(
+                _LOOK, 2, names.EPOCH, names.MOMENT, *values
+            )
+        return _Seen(
+            epoch=epoch.decode(),
+            server=server.decode() or known.server,
+            moment=datetime.fromisoformat(moment.decode()) if moment else None,
+        )
+
+    async def _begin_epoch(self, seen: _Seen) -> _Seen:
+        # On Redis first: until Postgres knows of it too, nothing counts as published.
+        epoch = uuid4().hex
+        with broker_errors("beginning an epoch"):
+            await self._redis.set(names.EPOCH, epoch)
+        return replace(seen, epoch=epoch, restarted=True)
+
+    async def _make_good(self, seen: _Seen) -> int:
         self._noted.clear()
-        again = await self._jobs.enter_epoch(borne, keep_s=self._keep_s)
-        _log.warning("Redis has lost its data; what was lost is sent again", results=again)
+        since = seen.moment if seen.restarted else None
+        again = await self._jobs.enter_epoch(
+            seen.epoch, server=seen.server, since=since, keep_s=self._keep_s
+        )
+        if since is None:
+            _log.warning("Redis has lost its data; what was lost is sent again", results=again)
+        else:
+            _log.warning(
+                "Redis was restarted; what it was given last is sent again, lest it was lost",
+                since=since.isoformat(),
+                results=again,
+            )
         for group in await self._jobs.result_groups():
             # Before anything is published: a member that comes back later must find it all.
             with broker_errors("making a consumer group again"), reply("BUSYGROUP"):
@@ -77,7 +142,7 @@ class DataLoss:
         Raises:
             ServiceError: Postgres or Redis cannot be used now.
         """
-        moment = await self._jobs.now()
+        known = await self._jobs.known_redis()
         with broker_errors("looking at consumer groups"):
             moved = {
                 group: state
@@ -85,10 +150,15 @@ class DataLoss:
                 if self._noted.get(group) != state
             }
             found = {group: await self._position(group, *state) for group, state in moved.items()}
-        known = {group: position for group, position in found.items() if position is not None}
-        if known:
-            await self._jobs.note_positions(list(known.values()), moment)
-            self._noted |= {group: moved[group] for group in known}
+        sure = {group: position for group, position in found.items() if position is not None}
+        # A Redis that lost its data meanwhile shows groups that have read all of the little it has.
+        if sure and await self._is_same(known):
+            await self._jobs.note_positions(list(sure.values()), known.moment)
+            self._noted |= {group: moved[group] for group in sure}
+
+    async def _is_same(self, known: KnownRedis) -> bool:
+        seen = await self._look(known)
+        return (seen.epoch, seen.server) == (known.epoch, known.server)
 
     async def _channels(self) -> list[tuple[str, str]]:
         await self._redis.zremrangebyscore(names.CHANNELS, "-inf", time.time() - self._keep_s)

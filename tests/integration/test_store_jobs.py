@@ -337,7 +337,7 @@ async def test_cancelling_races_claiming_and_one_of_them_wins(job_store: JobStor
 async def test_publishing_is_noted_for_the_token_that_was_published(job_store: JobStore) -> None:
     job = await claimed(job_store)
     await job_store.finish([outcome(job)])
-    epoch = await job_store.epoch("first")
+    epoch = (await job_store.meet("first")).epoch
     await job_store.mark_published({job.id: job.token + 1}, epoch=epoch)
     assert len(await job_store.unpublished(older_than_s=0, limit=9)) == 1
     assert await job_store.unpublished(older_than_s=60, limit=9) == []

@@ -32,7 +32,7 @@ class _Elsewhere:
         self.epoch = "first"
 
     async def heed(self) -> int:
-        self.epoch = await self.jobs.epoch(self.epoch)
+        await self.jobs.meet(self.epoch)
         return 0
 
     async def note_positions(self) -> None:

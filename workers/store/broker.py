@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from workers.store.part import StorePart
-from workers.store.records import ResultGroup
+from workers.store.records import KnownRedis, ResultGroup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,20 +15,39 @@ if TYPE_CHECKING:
 
     from workers.store.records import GroupPosition
 
-_EPOCH = text("SELECT epoch FROM broker")
+_KNOWN = text(
+    """
+    SELECT epoch, server, now() AS moment
+    FROM (VALUES (1)) AS one (id) LEFT JOIN broker ON broker.id = one.id
+    """
+)
 
-_FIRST_EPOCH = text("INSERT INTO broker (epoch) VALUES (:epoch) ON CONFLICT DO NOTHING")
+_MEET = text(
+    """
+    INSERT INTO broker (epoch, server) VALUES (:epoch, CAST(:server AS text))
+    ON CONFLICT (id) DO UPDATE SET server = coalesce(broker.server, excluded.server)
+    RETURNING epoch, server, now() AS moment
+    """
+)
 
 # Another transaction that marks them waits for the epoch to be entered, and then finds its own old.
-_NEW_EPOCH = text("UPDATE broker SET epoch = :epoch, since = now() WHERE epoch <> :epoch")
+_NEW_EPOCH = text(
+    """
+    UPDATE broker SET epoch = :epoch, server = CAST(:server AS text), since = now()
+    WHERE epoch <> :epoch
+    """
+)
 
 # A backlog of millions may have to be written.
 _TAKE_LONG = text("SET LOCAL statement_timeout = '600s'")
 
+# A row says that it was sent a moment before its message is written.
 _UNSEND = text(
     """
     WITH waiting AS (
-        SELECT id FROM jobs WHERE state = 'queued' AND sent_at IS NOT NULL
+        SELECT id FROM jobs
+        WHERE state = 'queued' AND sent_at IS NOT NULL
+          AND sent_at > coalesce(CAST(:since AS timestamptz) - interval '1 minute', '-infinity')
         ORDER BY id
         FOR NO KEY UPDATE
     )
@@ -36,16 +55,23 @@ _UNSEND = text(
     """
 )
 
+# Where everything is gone, what nobody reads in a group is not written again: who looks at such a
+# channel comes by and by, and Postgres has it. Of the last moments it is little.
 _UNPUBLISH = text(
     """
     WITH unread AS (
         SELECT id FROM jobs
-        WHERE published_at > now() - make_interval(secs => :keep_s) AND finished_at IS NOT NULL
-          AND EXISTS (
+        WHERE published_at > greatest(now() - make_interval(secs => :keep_s),
+                                      CAST(:since AS timestamptz))
+          AND finished_at IS NOT NULL
+          AND (EXISTS (
               SELECT FROM result_groups AS readers
               WHERE readers.namespace = jobs.namespace AND readers.channel = jobs.channel
                 AND jobs.published_at > coalesce(readers.acknowledged_to, '-infinity')
-          )
+          ) OR CAST(:since AS timestamptz) IS NOT NULL AND NOT EXISTS (
+              SELECT FROM result_groups AS readers
+              WHERE readers.namespace = jobs.namespace AND readers.channel = jobs.channel
+          ))
         ORDER BY id
         FOR NO KEY UPDATE
     )
@@ -96,30 +122,46 @@ class Broker(StorePart):
             moment: datetime = await connection.scalar(text("SELECT now()"))
         return moment
 
-    async def epoch(self, redis_epoch: str) -> str:
-        """Return the epoch that Postgres is in; the very first one is taken from Redis.
-
-        Args:
-            redis_epoch: What Redis bears.
+    async def known_redis(self) -> KnownRedis:
+        """Return what is known of Redis, and the present moment by Postgres' clock.
 
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.
         """
         async with self._database.connection() as connection:
-            known: str | None = await connection.scalar(_EPOCH)
-            if known is None:
-                await connection.execute(_FIRST_EPOCH, {"epoch": redis_epoch})
-                known = await connection.scalar(_EPOCH)
-        return known or redis_epoch
+            row = (await connection.execute(_KNOWN)).one()
+        return KnownRedis(epoch=row.epoch, server=row.server, moment=row.moment)
 
-    async def enter_epoch(self, redis_epoch: str, *, keep_s: float) -> int:
-        """Take note that Redis began anew, without the messages and results that it had.
-
-        Every queued job counts as not sent from then on, and every outcome that some registered
-        group has not acknowledged, as far as is known, as not published.
+    async def meet(self, epoch: str, server: str | None = None) -> KnownRedis:
+        """Note what Redis bears, where nothing is known yet.
 
         Args:
-            redis_epoch: What Redis bears now.
+            epoch: Of its data.
+            server: Its run_id, if it says so.
+
+        Returns:
+            What is known now.
+
+        Raises:
+            DatabaseUnavailableError: Postgres cannot be used now.
+        """
+        async with self._database.connection() as connection:
+            row = (await connection.execute(_MEET, {"epoch": epoch, "server": server})).one()
+        return KnownRedis(epoch=row.epoch, server=row.server, moment=row.moment)
+
+    async def enter_epoch(
+        self, epoch: str, *, server: str | None, since: datetime | None, keep_s: float
+    ) -> int:
+        """Take note that Redis is without messages and results that it had.
+
+        Every queued job whose message may be lost counts as not sent from then on; and as not
+        published every such outcome that some registered group has not acknowledged, as far as is
+        known.
+
+        Args:
+            epoch: What Redis bears now.
+            server: Its run_id, if it says so.
+            since: What it was given until then it has; None when it has lost everything.
             keep_s: Seconds that a channel keeps results; older ones would be gone anyway.
 
         Returns:
@@ -130,9 +172,9 @@ class Broker(StorePart):
         """
         async with self._database.transaction() as connection:
             await connection.execute(_TAKE_LONG)
-            await connection.execute(_NEW_EPOCH, {"epoch": redis_epoch})
-            await connection.execute(_UNSEND)
-            again = await connection.execute(_UNPUBLISH, {"keep_s": keep_s})
+            await connection.execute(_NEW_EPOCH, {"epoch": epoch, "server": server})
+            await connection.execute(_UNSEND, {"since": since})
+            again = await connection.execute(_UNPUBLISH, {"keep_s": keep_s, "since": since})
         return again.rowcount
 
     async def result_groups(self) -> list[ResultGroup]:
@@ -165,7 +207,7 @@ class Broker(StorePart):
 
         Args:
             positions: As seen on Redis.
-            moment: From `now`, taken before Redis was looked at.
+            moment: From `known_redis`, taken before Redis was looked at.
 
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.

@@ -151,6 +151,15 @@ class Cancellation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KnownRedis:
+    """What Postgres knows of Redis, and what time it is there."""
+
+    epoch: str | None  # of Redis' data; None before anybody has looked
+    server: str | None  # run_id of the server that had the data when somebody last looked
+    moment: datetime  # by Postgres' clock, now
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ResultGroup:
     """A consumer group on a result channel."""
 

@@ -24,6 +24,7 @@ from tests.acceptance.faults.workers_of_a_run import ScriptedWorkers
 from workers.local import LocalStack
 
 _CUT_S = (1.0, 6.0)
+_LOST_S = (0.2, 2.5)
 _AWAY_S = 60.0
 _LONG_RUN_S = 600.0
 _MOST_WRONG_CLOCK_S = 7200.0
@@ -79,6 +80,7 @@ class Faults:
         servers: list[tuple[str, Callable[[], Awaitable[bool]]]] = [
             ("Redis killed, data kept", self._kill_redis),
             ("Redis killed, data lost", self._lose_redis),
+            ("Redis killed, last moments lost", self._lose_moments),
             ("Postgres restarted (SIGINT)", lambda: self._end("postgres", signal.SIGINT)),
             ("Postgres killed (SIGKILL)", lambda: self._end("postgres", signal.SIGKILL)),
         ]
@@ -230,6 +232,25 @@ class Faults:
         self.data_losses += 1
         self.poisoned_since_loss = 0
         return await self._end("valkey", signal.SIGKILL)
+
+    async def _lose_moments(self) -> bool:
+        """Cut off the end of its file, as if the last seconds had not reached the disk."""
+        supervisor = psutil.Process(self._stack.supervisor_pid)
+        files = list(self._stack.data_dir.rglob("*.incr.aof"))
+        if len(files) != 1:
+            return False  # it is being started, or begins a new file
+        size = files[0].stat().st_size
+        await asyncio.sleep(self._random.uniform(*_LOST_S))
+        supervisor.suspend()  # it would start the server anew at once
+        try:
+            ended = await self._end("valkey", signal.SIGKILL)
+            if ended:
+                os.truncate(files[0], min(size, files[0].stat().st_size))
+        finally:
+            supervisor.resume()
+        # An item that was moved to the dead list may be in its queue again, and may not.
+        self.poisoned_since_loss = 0
+        return ended
 
     async def _end(self, name: str, number: signal.Signals) -> bool:
         for child in psutil.Process(self._stack.supervisor_pid).children():
