@@ -37,7 +37,7 @@ def values_of(field: FieldInfo) -> str:
         return ", ".join(f"`{value}`" for value in kinds)
     if typing.get_origin(field.annotation) is dict:
         return "JSON object"
-    names = {int: "whole number", float: "number", str: "text", Path: "path"}
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
     words = [names.get(kinds[0], "text")]
     for name, form in _BOUNDS:
         words += [
@@ -52,6 +52,8 @@ def default_of(field: FieldInfo) -> str:
     """Return a field's default, or "none" where the description says what happens."""
     if field.default is PydanticUndefined or field.default is None:
         return "none"
+    if isinstance(field.default, bool):
+        return f"`{field.default}`".lower()
     if isinstance(field.default, float):
         return f"`{field.default:g}`"
     return f"`{field.default}`"

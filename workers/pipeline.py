@@ -39,6 +39,7 @@ from schema.jobs import JobError, JobResult, JobState
 from schema.names import DEFAULT_PRIORITY
 from workers import logs
 from workers.answering import Answerer, TryAgainError, failed
+from workers.display import Display
 from workers.hits import HitCounter
 from workers.leases import Holding, LeaseKeeper, Stopped
 from workers.publishing import Publisher
@@ -76,6 +77,7 @@ class Rules:
     owner: str  # name of the worker, for people
     lease_s: float
     max_attempts: int  # of jobs that state none
+    show_prompts: bool = False  # in the log and to whoever inspects the worker
     backoff_s: float = 1.0  # before the second attempt; doubles after
     backoff_most_s: float = 60.0
     waiting_s: float = 0.2  # between two tries of a server that is away; doubles after
@@ -132,6 +134,8 @@ class Pipeline:
         self._stored: LRUCache[UUID, bool] = LRUCache(_STORED_REMEMBERED)
         self._in_hand: dict[object, float] = {}  # messages, and when each was written
         self._unclaimed = 0  # jobs of messages in hand that wait for a slot
+        #: What of the jobs is shown to people.
+        self.display = Display(on=rules.show_prompts)
         #: Called when the worker wants messages again; see `hungry`.
         self.on_hungry: Callable[[], None] = lambda: None
         #: Set when vLLM's engine has died: the process is to be replaced.
@@ -359,6 +363,7 @@ class Pipeline:
         )
         for job in claim.jobs:
             self._meter.claimed(job)
+            self.display.claimed(job)
         return claim
 
     async def _run(self, job: ClaimedJob, slots: int) -> None:
@@ -366,7 +371,8 @@ class Pipeline:
         logs.bind_job(job.id, trace_id(job.traceparent))
         with self._span_of(job), self._leases.hold(job) as holding:
             try:
-                outcome = await self._outcome(job, holding)
+                with self.display.running(job):
+                    outcome = await self._outcome(job, holding)
             finally:
                 self._slots.give(slots)
             if outcome is not None and await self._commit_all([(job, outcome)]):

@@ -123,6 +123,7 @@ async def worker_runtime(
                 owner=name,
                 lease_s=settings.lease_s,
                 max_attempts=settings.max_attempts,
+                show_prompts=settings.show_prompts,
             ),
             answerer=Answerer(llm, handlers, model=model.name),
             jobs=jobs,

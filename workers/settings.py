@@ -174,6 +174,11 @@ class Settings(BaseSettings):
         default="console",
         description="How a worker's log lines look: for people, or an object of JSON a line.",
     )
+    show_prompts: bool = Field(
+        default=False,
+        description="Whether a worker writes what each job asks for, its prompt among it, to its "
+        "log, and shows it in `celery inspect active`. Unset: prompts are in neither.",
+    )
     metrics_port: int = Field(
         default=9464,
         ge=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import Reject
+from celery.worker.request import Request
 
 from schema import names, wire
 from schema.errors import MessageFormatError
@@ -24,8 +25,21 @@ def register(app: Celery, pipeline: list[Pipeline]) -> None:
         pipeline: Holds the one pipeline while the worker runs.
     """
 
+    class JobsRequest(Request):
+        """What Celery's ``inspect`` is told of a message in hand."""
+
+        def info(self, safe: bool = False) -> dict[str, Any]:
+            said = self.request_dict.get(names.JOBS_HEADER)
+            shown = pipeline[0].display.requests(_ids(said)) if pipeline else {}
+            return {**super().info(safe=safe), **({"jobs": shown} if shown else {})}
+
     @app.task(
-        name=names.RUN_JOBS_TASK, base=AsyncTask, bind=True, acks_late=True, ignore_result=True
+        name=names.RUN_JOBS_TASK,
+        base=AsyncTask,
+        bind=True,
+        acks_late=True,
+        ignore_result=True,
+        Request=JobsRequest,
     )
     async def run_jobs(self: Any, *_args: Any, **_kwargs: Any) -> None:
         try:
@@ -37,3 +51,10 @@ def register(app: Celery, pipeline: list[Pipeline]) -> None:
         await pipeline[0].run_message(
             message, priority=priority if isinstance(priority, int) else names.DEFAULT_PRIORITY
         )
+
+
+def _ids(header: Any) -> list[Any]:
+    # As it came: a message that cannot be read is refused when it is run.
+    said = header if isinstance(header, dict) else {}
+    ids, jobs = (part if isinstance(part := said.get(of), list) else [] for of in ("ids", "jobs"))
+    return [*ids, *(job.get("id") for job in jobs if isinstance(job, dict))]

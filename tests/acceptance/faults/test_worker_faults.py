@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from pydantic import SecretStr
@@ -17,6 +18,7 @@ from tests.acceptance.faults import scripted_worker
 from tests.acceptance.faults.scripted_worker import CRASH_FOLDER, ENDLESS, KILLER, MODEL
 from tests.acceptance.faults.workers_of_a_run import ScriptedWorkers
 from workers import AsyncJobClient, Settings
+from workers.app import make_app
 from workers.jobs import AsyncJob
 from workers.local import LocalStack
 from workers.store.claims import MAX_CRASHES
@@ -73,6 +75,7 @@ async def workers(
         "PROMPTMILL_DATABASE_URL": stack.database_url,
         "PROMPTMILL_REDIS_URL": stack.redis_url,
         "PROMPTMILL_ENGINE_TIMEOUT_S": "3",
+        "PROMPTMILL_SHOW_PROMPTS": "yes",
     }
     workers = ScriptedWorkers(count=2, environment=values, log=folder / "workers.log")
     await workers.start()
@@ -106,6 +109,33 @@ async def test_a_killed_worker_costs_no_more_than_promised(deployment: Deploymen
     assert (status.attempts, status.crashes) == (1, 1)
     await job.cancel()
     assert (await job.result(WAIT_S)).status is JobState.CANCELLED
+
+
+async def test_prompts_show_where_that_was_wished(
+    deployment: Deployment, stack: LocalStack
+) -> None:
+    """That they do not otherwise is tested in `test_order_of_jobs`."""
+    settings = Settings(redis_url=SecretStr(stack.redis_url), served_model_name=MODEL)
+    app = make_app(settings, stack.redis_url, MODEL)
+    words = [f"secret{uuid4().hex}" for _ in range(2)]
+    async with AsyncJobClient(settings) as alone:  # its jobs come in full
+        jobs = [
+            *await deployment.submit(f"{ENDLESS} {words[0]}"),
+            await alone.submit(f"{ENDLESS} {words[1]}"),
+        ]
+        expected = {str(job.id): f"{ENDLESS} {word}" for job, word in zip(jobs, words, strict=True)}
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                active = await asyncio.to_thread(app.control.inspect(timeout=1).active) or {}
+                requests = [task for tasks in active.values() for task in tasks]
+                seen = {key: job for task in requests for key, job in task.get("jobs", {}).items()}
+                if {key: job["prompt"] for key, job in seen.items() if key in expected} == expected:
+                    break
+    said = await asyncio.to_thread((deployment.faults / "workers.log").read_text)
+    assert all(word in said for word in words)
+    for job in jobs:
+        assert await deployment.client.cancel(job)
+    app.close()
 
 
 async def test_only_the_job_that_kills_engines_is_set_aside(deployment: Deployment) -> None:
