@@ -18,7 +18,6 @@ The jobs ride in the header, either as ids of rows that are in Postgres (``ids``
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,6 +35,8 @@ from schema.refusal import refusal, refuse_non_finite
 
 #: Most jobs that a reader accepts in one message.
 MAX_MESSAGE_JOBS = 4096
+#: Latest moment that a message may name as its own, in Unix time: the end of the year 9999.
+LAST_SENT_AT = 253_402_300_799
 #: Full jobs are cut into messages of about this many bytes, so that no list item grows huge.
 MESSAGE_BYTES = 4 * 1024 * 1024
 
@@ -181,8 +182,9 @@ def decode(header: object) -> JobMessage:
     if isinstance(sent_at, bool) or not isinstance(sent_at, (int, float)):
         msg = f"sent_at must be a Unix time in seconds, not {shown(sent_at)}"
         raise MessageFormatError(msg)
-    if not math.isfinite(sent_at):
-        msg = f"sent_at must be finite, not {sent_at}"
+    # Compared as it is: a whole number may be too large for a float. Recovery reckons with it.
+    if not 0 <= sent_at <= LAST_SENT_AT:
+        msg = f"sent_at must be a Unix time from 1970 to the year 9999, not {shown(sent_at)}"
         raise MessageFormatError(msg)
     if ("ids" in header) == ("jobs" in header):
         msg = "exactly one of the fields ids and jobs must be given"

@@ -77,8 +77,9 @@ class _TaskHeaders(_Part):
     origin: Text | None = None
     argsrepr: str | None = None
     kwargsrepr: str | None = None
-    eta: Text | None = None
-    expires: Text | None = None
+    # Celery would hold the message for ever, or drop it unseen. A job has a deadline of its own.
+    eta: None = None
+    expires: None = None
     retries: int | None = Field(None, ge=0)
     ignore_result: bool | None = None
     replaced_task_nesting: int | None = None
@@ -91,10 +92,11 @@ class _Embed(_Part):
     # Anything more would overwrite the request's own fields in Celery's tracer.
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
-    callbacks: list[Any] | None = None
-    errbacks: list[Any] | None = None
-    chain: list[Any] | None = None
-    chord: dict[str, Any] | None = None
+    # What is to be sent afterwards, by the worker, to wherever the sender says.
+    callbacks: None = None
+    errbacks: None = None
+    chain: None = None
+    chord: None = None
 
 
 _TASK_BODY: TypeAdapter[Any] = TypeAdapter(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from schema import names
+from schema import names, wire
 from workers.streams import broker_errors
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def _sent_at(item: bytes | None) -> float | None:
     if item is None:
         return None
     try:
-        return float(orjson.loads(item)["headers"][names.JOBS_HEADER]["sent_at"])
+        sent_at = float(orjson.loads(item)["headers"][names.JOBS_HEADER]["sent_at"])
     except (ValueError, KeyError, TypeError):
         return None  # not one of ours: the transport sets it aside
+    return sent_at if 0 <= sent_at <= wire.LAST_SENT_AT else None  # nor that

@@ -287,14 +287,14 @@ class Channel(kombu_redis.Channel):
         try:
             payload = check_item(raw, queue, max_bytes=self.max_message_bytes)
             if is_task_queue(queue):
-                self._check_task(payload)
+                self._check_task(payload, queue)
         except MessageFormatError as exc:
             self._bury(raw, queue, str(exc))
             return None
         self._raw = raw
         return reply
 
-    def _check_task(self, payload: dict[str, Any]) -> None:
+    def _check_task(self, payload: dict[str, Any], queue: str) -> None:
         task = payload["headers"]["task"]
         if self.task_names is not None and task not in self.task_names:
             raise MessageFormatError(f"not a task of this worker: {task!r:.200}")
@@ -302,6 +302,11 @@ class Channel(kombu_redis.Channel):
         # kombu drops what it cannot put back into a queue.
         if not info["routing_key"]:
             raise MessageFormatError("not a message: properties.delivery_info.routing_key: empty")
+        if not info["exchange"] and info["routing_key"] != queue:
+            # Given back, it would go to a queue that nobody may read.
+            raise MessageFormatError(
+                "not a message: properties.delivery_info.routing_key: of another queue"
+            )
         if info["exchange"] and not self._lookup(info["exchange"], info["routing_key"]):
             raise MessageFormatError(
                 "not a message: properties.delivery_info: no queue is bound to that exchange"

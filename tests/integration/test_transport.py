@@ -106,6 +106,7 @@ def poison(sound: dict[str, Any]) -> dict[str, bytes]:
         "no exchange": changed("properties", "delivery_info", "exchange"),
         "exchange of nobody": changed("properties", "delivery_info", "exchange", to="nobody"),
         "empty routing key": changed("properties", "delivery_info", "routing_key", to=""),
+        "routing key of nobody": changed("properties", "delivery_info", "routing_key", to="no"),
         "priority of another type": changed("properties", "priority", to="high"),
         "no body": changed("body"),
         "body of another type": changed("body", to={"a": 1}),
@@ -117,6 +118,7 @@ def poison(sound: dict[str, Any]) -> dict[str, bytes]:
         "body too short": changed("body", to=encoded([[], {}])),
         "args of another type": changed("body", to=encoded(["ab", {}, embed])),
         "kwargs of another type": changed("body", to=encoded([[], [], embed])),
+        "a canvas": changed("body", to=encoded([[], {}, {**embed, "callbacks": [{"task": "x"}]}])),
         "foreign embed": changed("body", to=encoded([[], {}, {"id": "other"}])),
         "too large": changed("headers", "more", to="x" * 100_000),
         "pickled body": changed("content-type", to="application/x-python-serialize"),
@@ -137,7 +139,9 @@ def poison(sound: dict[str, Any]) -> dict[str, bytes]:
         "id of half a character": changed("headers", "id", to="\ud800"),
         "eta of another type": changed("headers", "eta", to=5),
         "eta no date": changed("headers", "eta", to="tomorrow"),
+        "eta far away": changed("headers", "eta", to="2999-01-01T00:00:00+00:00"),
         "expires no date": changed("headers", "expires", to="never"),
+        "expired": changed("headers", "expires", to="1970-01-01T00:00:00+00:00"),
         "time limit of another type": changed("headers", "timelimit", to="long"),
         "negative time limit": changed("headers", "timelimit", to=[-1, None]),
         "retries of another type": changed("headers", "retries", to="many"),
@@ -218,7 +222,9 @@ def test_a_redis_that_takes_no_writes_is_waited_for(
 ) -> None:
     """Celery takes a refusal for a bug of its own and ends the worker, a lost connection not."""
     settings = broker_settings(kombu_url(stack.redis_url))
-    server.lpush("got", json.dumps(sound).encode())
+    message = json.loads(json.dumps(sound))
+    message["properties"]["delivery_info"]["routing_key"] = "got"
+    server.lpush("got", json.dumps(message).encode())
     with Connection(settings["broker_url"], transport=settings["broker_transport"]) as connection:
         channel = connection.channel()
         found = channel.basic_get("got")
