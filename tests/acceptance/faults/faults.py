@@ -26,7 +26,7 @@ from workers.local import LocalStack
 _CUT_S = (1.0, 6.0)
 _LOST_S = (0.2, 2.5)
 _AWAY_S = 60.0
-_LONG_RUN_S = 600.0
+_LONG_RUN_S = 180.0
 _MOST_WRONG_CLOCK_S = 7200.0
 #: The supervisor gives a server up that ends more than five times in a minute.
 _SERVER_FAULTS_APART_S = 15.0
