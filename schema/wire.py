@@ -254,6 +254,18 @@ def _read_job(item: object, namespace: str) -> JobSpec:
     if job.namespace != namespace:
         msg = f"{shown(job.namespace)} is not the message's ({namespace})"
         raise InvalidRequestError(msg, field="namespace", value=job.namespace)
+    return job if job.idempotency_key is None else _keyed(job, job.idempotency_key)
+
+
+def _keyed(job: JobSpec, key: str) -> JobSpec:
+    """Return a job that has a key under the id that follows from it."""
+    job_id = names.job_id_for(job.namespace, key)
+    if "id" not in job.model_fields_set:
+        return job.model_copy(update={"id": job_id})
+    if job.id != job_id:
+        # Its row would be another job's, and its sender would hear nothing.
+        msg = f"must be {job_id}, which follows from namespace and idempotency_key"
+        raise InvalidRequestError(msg, field="id", value=str(job.id))
     return job
 
 

@@ -134,6 +134,10 @@ def test_any_json_is_read_or_refused(value: object):
         ({"request": {"kind": "openai", "url": "/v2/nope", "body": {}}}, "url: is not an endpoint"),
         ({"request": {"kind": "other"}}, "neither 'prompt' nor 'openai'"),
         ({"request": {"kind": "prompt", "prompt": "a"}, "prority": 1}, "did you mean 'priority'"),
+        (
+            {"request": {"kind": "prompt", "prompt": "a"}, "idempotency_key": "k"},
+            f"id: must be {names.job_id_for('acme', 'k')}",
+        ),
     ],
 )
 def test_one_bad_job_does_not_take_the_others_along(job: Any, says: str):
@@ -152,10 +156,10 @@ def test_one_bad_job_does_not_take_the_others_along(job: Any, says: str):
 
 def test_a_job_may_leave_out_what_has_a_default():
     request = {"kind": "prompt", "prompt": "Why?"}
-    message = wire.decode(
-        {"v": 1, "namespace": "acme", "sent_at": 1, "jobs": [{"request": request}]}
-    )
+    jobs = [{"request": request}, {"request": request, "idempotency_key": "k"}]
+    message = wire.decode({"v": 1, "namespace": "acme", "sent_at": 1, "jobs": jobs})
     assert message.jobs[0].namespace == "acme"
+    assert message.jobs[1].id == names.job_id_for("acme", "k")
 
 
 def test_jobs_are_grouped_by_what_a_message_shares():
