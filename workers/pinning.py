@@ -6,6 +6,7 @@ makes threads.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _CPUS = "VLLM_CPU_OMP_THREADS_BIND"
 _CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
+_COMPUTING = "VLLM::Worker"  # how vLLM names the processes that compute
 _CARDS = "CUDA_VISIBLE_DEVICES"
 _SHOWN_UUID = 12  # characters: enough to tell cards of one machine apart
 _TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -205,6 +207,29 @@ def built_for_cpu() -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def spare_cores() -> frozenset[int]:
+    """Return the cores for what shall not slow down this process' engine on a CPU, once it runs.
+
+    vLLM binds a thread to each core that it computes on, and the kernel would have others share
+    these while a core beside them is free.
+
+    Returns:
+        Empty where no core is taken alone, as on a GPU; where cores were divided among workers,
+        since what is left over may be another's; and where less is left over than is taken.
+    """
+    import psutil
+
+    if os.environ.get(_CPUS, "auto") != "auto":
+        return frozenset()
+    taken: set[int] = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.name().startswith(_COMPUTING):
+                taken.update(child.cpu_affinity())
+    spare = os.sched_getaffinity(0) - taken
+    return frozenset(spare) if 0 < len(taken) <= len(spare) else frozenset()
 
 
 def _cards_name(cards: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from workers import logs, registry
 from workers.cancellation import heed_cancellation
 from workers.channel import ResultChannel
 from workers.connection import open_redis
-from workers.pinning import device_here, worker_name
+from workers.pinning import device_here, spare_cores, worker_name
 from workers.queue_marks import oldest_live_message_at, shine
 from workers.sending import Sender
 from workers.serving import ServedModel, vllm_arguments
@@ -198,6 +198,9 @@ async def _engine(
         raise made
     llm = cast("EnhancedAsyncLLM", made)
     stack.push_async_callback(llm.aclose)
+    cores = spare_cores()
+    for part in helpers:
+        part.stay_on(cores)
     for failure in starts:
         if isinstance(failure, BaseException):
             # An enhancement: jobs are answered without it, and it is tried again.

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from vllm.sampling_params import RequestOutputKind
 
 from schema.jobs import Reuse
 from tests.engine.conftest import PLAIN, Equip, final_of, greedy, joined, outputs_of, until
 from workers import local
-from workers.engine import HandlerConfig, RequestScope
+from workers.engine import EnhancedAsyncLLM, HandlerConfig, RequestScope
 from workers.engine.config import Features, NlpConfig, PluginConfig, RetryConfig, SimilarityConfig
 from workers.enrich.embedder import MiniLmEmbedder
+from workers.enrich.errors import EnrichmentError
 from workers.enrich.nlp import SpacyAnalyser
+from workers.pinning import spare_cores
 from workers.store import schema_upgrade
 from workers.store.answers import PostgresAnswers
 from workers.store.database import Database
@@ -50,6 +54,33 @@ async def test_spacy_killed_is_started_again(equip: Equip) -> None:
         await asyncio.sleep(0.1)
     assert output.metadata["nlp_result"] is not None
     assert analyser.restarts >= 1
+    await analyser.aclose()
+
+
+async def test_enrichment_can_leave_the_engines_cores_alone(llm: EnhancedAsyncLLM) -> None:
+    assert not llm.errored
+    cores = spare_cores()
+    if not cores:
+        pytest.skip("the engine leaves fewer cores over than it takes")
+    computing = [
+        child.cpu_affinity()
+        for child in psutil.Process().children(recursive=True)
+        if child.name().startswith("VLLM::Worker")
+    ]
+    assert computing
+    assert cores.isdisjoint(core for taken in computing for core in taken or ())
+    analyser = SpacyAnalyser(NlpConfig())
+    await analyser.start()
+    analyser.stay_on(cores)
+    first = analyser.pid
+    assert first is not None
+    assert psutil.Process(first).cpu_affinity() == sorted(cores)
+    os.kill(first, signal.SIGKILL)
+    async with asyncio.timeout(60):
+        while analyser.pid in (None, first):
+            with contextlib.suppress(EnrichmentError):
+                await analyser.analyse("Who comes after?")
+    assert psutil.Process(analyser.pid).cpu_affinity() == sorted(cores)
     await analyser.aclose()
 
 

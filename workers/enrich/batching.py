@@ -76,6 +76,7 @@ class ModelProcess:
         self._restart_at = 0.0  # by the loop's clock
         self._last_error = ""
         self._closed = False
+        self._cores: frozenset[int] = frozenset()  # empty: all of them
         self.restarts = 0
         """How often a child had to be replaced."""
 
@@ -83,6 +84,18 @@ class ModelProcess:
     def pid(self) -> int | None:
         """Process id of the running child, if there is one."""
         return None if self._child is None else self._child.pid
+
+    def stay_on(self, cores: frozenset[int]) -> None:
+        """Run the child on some cores only, the one that runs and those that follow.
+
+        Any thread may call it.
+
+        Args:
+            cores: Their numbers; empty changes nothing.
+        """
+        self._cores = cores
+        if cores and (child := self._child) is not None:
+            child.stay_on(cores)
 
     async def start(self) -> None:
         """Load the model now rather than with the first text.
@@ -207,6 +220,8 @@ class ModelProcess:
                 self._last_error = f"{self._kind}: {exc}"
                 raise EnrichmentUnavailableError(self._last_error) from exc
             self._last_error = ""
+            if self._cores:
+                self._child.stay_on(self._cores)
         return self._child
 
     async def _serve(self, child: Child, batch: list[_Item]) -> None:

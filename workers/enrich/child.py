@@ -93,6 +93,16 @@ class Child:
         """Process id."""
         return self._process.pid
 
+    def stay_on(self, cores: frozenset[int]) -> None:
+        """Have the kernel run it on some cores only.
+
+        Args:
+            cores: Their numbers.
+        """
+        with contextlib.suppress(OSError):  # it has just ended
+            for thread in Path(f"/proc/{self.pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), cores)
+
     async def send(self, texts: Sequence[str]) -> None:
         """Send a request.
 

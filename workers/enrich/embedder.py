@@ -62,6 +62,10 @@ class MiniLmEmbedder:
         """How often the child had to be replaced."""
         return self._process.restarts
 
+    def stay_on(self, cores: frozenset[int]) -> None:
+        """Run the process on some cores only; see `ModelProcess.stay_on`."""
+        self._process.stay_on(cores)
+
     async def start(self) -> None:
         """Load the model now rather than with the first text.
 

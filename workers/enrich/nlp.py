@@ -49,6 +49,10 @@ class SpacyAnalyser:
         """How often the child had to be replaced."""
         return self._process.restarts
 
+    def stay_on(self, cores: frozenset[int]) -> None:
+        """Run the process on some cores only; see `ModelProcess.stay_on`."""
+        self._process.stay_on(cores)
+
     async def start(self) -> None:
         """Load the pipeline now rather than with the first text.
 
