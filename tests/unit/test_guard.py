@@ -82,6 +82,8 @@ DIFFERENT = [
     # All, some, only
     ("quantifiers", "Some swans are white.", "All swans are white."),
     ("quantifiers", "Only members may vote.", "Members may vote."),
+    # What may be and what has to be
+    ("modality", "You can enter by the back door.", "You must enter by the back door."),
     # Substituted content
     ("content", "How do I learn the violin?", "How do I learn the flute?"),
     ("content", "Translate the word cheese.", "Translate the word bread."),

@@ -21,7 +21,11 @@ FUNCTION_POS = _words("DET ADP PRON CCONJ SCONJ PART PUNCT SPACE SYM INTJ AUX NU
 EMPTY = _words("be have do will would shall please then there here as so very really quite")
 
 #: Forms of auxiliary verbs that are words of another kind too.
-AUXILIARIES = {"does": "do", "did": "do", "doing": "do", "'s": "be", "\u2019s": "be", "has": "have"}
+AUXILIARIES = {
+    **dict.fromkeys(("does", "did", "doing"), "do"),
+    **dict.fromkeys(("'s", "\u2019s", "being"), "be"),
+    "has": "have",
+}
 
 #: Words that people frame any question with; in statements and orders they count.
 LIGHT = EMPTY | _words(
@@ -34,6 +38,32 @@ LIGHT = EMPTY | _words(
     "well actually exactly possible possibly much many most more also just even "
     "ever still too some any other such now currently"
 )
+
+_PHRASES = (
+    "right now",
+    "at the moment",
+    "at present",
+    "these days",
+    "so far",
+    "till now",
+    "until now",
+    "of all time",
+    "in the world",
+    "in your opinion",
+    "in your view",
+    "according to you",
+    "in general",
+    "for example",
+    "do you agree",
+)
+
+#: Phrases that frame any question as well, by their first word.
+FRAMES = {
+    phrase.split()[0]: tuple(
+        tuple(other.split()) for other in _PHRASES if other.split()[0] == phrase.split()[0]
+    )
+    for phrase in _PHRASES
+}
 
 NEGATIONS = _words(
     "not n't nt no never without none nobody nothing neither nor cannot hardly barely nowhere"
@@ -93,6 +123,12 @@ ASKING = {
 
 #: What "how" can measure.
 MEASURES = _words("many much long far old often tall big fast high deep heavy wide soon")
+
+#: Modal verbs by what they say: that something may be, or has to be.
+MODALITY = {
+    **dict.fromkeys(("can", "could", "may", "might"), "can"),
+    **dict.fromkeys(("must", "should", "ought"), "must"),
+}
 
 #: Quantifiers by what they claim.
 QUANTIFIERS = {

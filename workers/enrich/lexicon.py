@@ -45,6 +45,13 @@ _MIN_STEM_LETTERS = 3
 _MIN_TYPO_LETTERS = 5
 
 
+#: A family of words has so many letters in common, at least.
+_MIN_FAMILY_LETTERS = 4
+
+#: Endings of those who do a thing, or to whom it is done.
+_DOERS = ("er", "or", "ee", "ist")
+
+
 class Lexicon:
     """Relations between words.
 
@@ -56,6 +63,7 @@ class Lexicon:
         self._rows = rows
         self.base = functools.lru_cache(maxsize=50_000)(self._base)
         self.near = functools.lru_cache(maxsize=50_000)(self._near)
+        self.akin = functools.lru_cache(maxsize=50_000)(self._akin)
         self.opposite = functools.lru_cache(maxsize=50_000)(self._opposite)
 
     @staticmethod
@@ -121,6 +129,18 @@ class Lexicon:
         if other in self._cell(one, _NEAR) or one in self._cell(other, _NEAR):
             return not self.opposite(one, other)
         return False
+
+    def _akin(self, one: str, other: str) -> bool:
+        """Whether two base forms belong to one family: "success" and "successful".
+
+        They begin alike and are both derived from one word that begins so. Those who do a thing
+        are not the thing: "trainee" and "training" are two.
+        """
+        stem = one[:_MIN_FAMILY_LETTERS]
+        if other[:_MIN_FAMILY_LETTERS] != stem or one.endswith(_DOERS) or other.endswith(_DOERS):
+            return False
+        shared = self._cell(one, _NEAR) & self._cell(other, _NEAR)
+        return any(word.startswith(stem) for word in shared) and not self.opposite(one, other)
 
     def _opposite(self, one: str, other: str) -> bool:
         """Whether two base forms are opposites, directly or by a prefix."""

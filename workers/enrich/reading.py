@@ -10,6 +10,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from workers.enrich import closed_class as closed
+from workers.enrich import quantities
+from workers.enrich.base_forms import base_form
 from workers.enrich.lexicon import Lexicon
 
 if TYPE_CHECKING:
@@ -18,13 +20,15 @@ if TYPE_CHECKING:
 _DIGIT = re.compile(r"\d")
 _LETTER = re.compile(r"[^\W\d_]")
 
-#: What may stand around a number.
-_AROUND = "$\u00a3\u20ac#.'\u2019-+"
+#: "in two lines", "in at most 50 words".
+_LENGTH = re.compile(
+    r"\b(?:in|within|under|most|least|exactly)\s+(?:an?|\w+)\s+(?:short\s+)?"
+    r"(word|sentence|line|paragraph|page|bullet|chapter)s?\b",
+    re.IGNORECASE,
+)
 
 #: Entities that are amounts or times: the numbers and dates say what matters of them.
 _AMOUNTS = frozenset({"CARDINAL", "DATE", "MONEY", "ORDINAL", "PERCENT", "QUANTITY", "TIME"})
-
-_GRADED = frozenset({"JJR", "JJS", "RBR", "RBS"})
 
 _NO_ROLE = frozenset({"DET", "PUNCT", "AUX", "PART", "CCONJ", "SCONJ", "ADP"})
 
@@ -65,16 +69,20 @@ class Reading:
     question: bool  # it asks, rather than states or orders
     numbers: Counter[str]
     dates: frozenset[str]  # months, weekdays, today and the like
+    signs: tuple[str, ...]  # those of sums and comparisons, as they follow each other
+    currencies: frozenset[str]
     names: frozenset[str]
     given_names: frozenset[str]  # those of the names that a person's other name follows
+    uncapped: frozenset[str]  # words without a capital
     words: frozenset[str]  # every word, as written and as base form
     negations: int
     asked_for: frozenset[str]  # kinds of question word: who, when, how many, …
     quantifiers: frozenset[str]
     formats: frozenset[str]  # what the answer is to look like
-    compares: bool
+    compares: frozenset[str]  # "than", or "as" of "as tall as"
     content: tuple[str, ...]  # words that carry content, each once, in order
     light: frozenset[str]  # words that say little in a question
+    modality: frozenset[str]  # whether something may be, or has to be
     initials: str  # first letters of its words; a space where a function word stands
     joined: Mapping[str, tuple[str, str]]  # each two neighbours written as one word
     passive: bool  # somewhere a passive voice turns subject and object round
@@ -95,13 +103,14 @@ def read(analysis: Analysis, lexicon: Lexicon) -> Reading:
     """
     tokens = analysis.tokens
     lowers = [token.text.lower() for token in tokens]
-    bases = [_base(token, lexicon) for token in tokens]
+    bases = [base_form(token, lexicon) for token in tokens]
     question = _is_question(analysis.text, tokens)
     names = frozenset(_names(tokens, bases, lexicon))
+    framing = _framing(tokens, lowers) if question else set()
     carrying = [
         (base, token)
-        for base, token in zip(bases, tokens, strict=True)
-        if _carries_content(base, token)
+        for at, (base, token) in enumerate(zip(bases, tokens, strict=True))
+        if at not in framing and _carries_content(base, token)
     ]
     light = frozenset(base for base, _ in carrying if base in closed.LIGHT)
     skipped = closed.LIGHT if question else closed.EMPTY
@@ -109,13 +118,18 @@ def read(analysis: Analysis, lexicon: Lexicon) -> Reading:
         language=analysis.language,
         truncated=analysis.truncated,
         question=question,
-        numbers=Counter(_numbers(tokens, lowers)),
-        dates=frozenset(closed.DATES & set(lowers)),
+        numbers=Counter(quantities.numbers(tokens)),
+        dates=quantities.dates([*lowers, *bases]),
+        signs=tuple(quantities.signs(tokens)),
+        currencies=quantities.currencies(tokens),
         names=names,
         given_names=frozenset(
             base
             for token, base in zip(tokens, bases, strict=True)
             if token.ent == "PERSON" and token.dep == "compound"
+        ),
+        uncapped=frozenset(
+            base for token, base in zip(tokens, bases, strict=True) if not token.text[0].isupper()
         ),
         words=frozenset([*lowers, *bases]),
         negations=_negations(lowers),
@@ -123,10 +137,11 @@ def read(analysis: Analysis, lexicon: Lexicon) -> Reading:
         quantifiers=frozenset(
             closed.QUANTIFIERS[word] for word in lowers if word in closed.QUANTIFIERS
         ),
-        formats=frozenset(closed.FORMATS & {*lowers, *bases}),
-        compares="than" in lowers,
+        formats=frozenset(closed.FORMATS & {*lowers, *bases}) | _lengths(analysis.text),
+        compares=frozenset(_compares(lowers)),
         content=tuple(dict.fromkeys(base for base, _ in carrying if base not in skipped)),
         light=light,
+        modality=frozenset(closed.MODALITY[word] for word in lowers if word in closed.MODALITY),
         initials=_initials(tokens),
         joined=_joined(lowers, bases),
         passive=any(token.dep in {"auxpass", "nsubjpass", "agent"} for token in tokens),
@@ -140,16 +155,6 @@ def read(analysis: Analysis, lexicon: Lexicon) -> Reading:
     )
 
 
-def _base(token: Token, lexicon: Lexicon) -> str:
-    if (auxiliary := closed.AUXILIARIES.get(token.text.lower())) is not None:
-        return auxiliary  # "does", which a tagger in doubt takes for the plural of "doe"
-    base: str = lexicon.base(token.text, token.pos, token.tag in _GRADED)
-    if base not in lexicon and token.pos == "PROPN":
-        # A misread common noun at the start of a sentence or in a title.
-        base = lexicon.base(token.text, "NOUN")
-    return base
-
-
 def _is_question(text: str, tokens: tuple[Token, ...]) -> bool:
     if "?" in text:
         return True
@@ -160,7 +165,21 @@ def _is_question(text: str, tokens: tuple[Token, ...]) -> bool:
 def _carries_content(base: str, token: Token) -> bool:
     if token.pos in closed.FUNCTION_POS or base in closed.NEGATIONS:
         return False
+    if quantities.is_roman(token):
+        return False
     return bool(_LETTER.search(base)) and not _DIGIT.search(base)
+
+
+def _framing(tokens: tuple[Token, ...], lowers: list[str]) -> set[int]:
+    """Find phrases that frame any question, and the "written" of "the best ever written"."""
+    found: set[int] = set()
+    for at, word in enumerate(lowers):
+        for phrase in closed.FRAMES.get(word, ()):
+            if tuple(lowers[at : at + len(phrase)]) == phrase:
+                found.update(range(at, at + len(phrase)))
+        if word == "ever" and at + 1 < len(tokens) and tokens[at + 1].tag == "VBN":
+            found.add(at + 1)
+    return found
 
 
 def _names(tokens: tuple[Token, ...], bases: list[str], lexicon: Lexicon) -> Iterator[str]:
@@ -174,6 +193,8 @@ def _names(tokens: tuple[Token, ...], bases: list[str], lexicon: Lexicon) -> Ite
     shouting = len(letters) > 3 and capitals > 0.6 * len(letters)
     for token, base in zip(tokens, bases, strict=True):
         if not _LETTER.search(token.text) or _DIGIT.search(token.text):
+            continue
+        if quantities.is_roman(token):
             continue
         if lexicon.is_name(base) and token.pos in {"PROPN", "NOUN", "ADJ"}:
             yield base
@@ -208,20 +229,30 @@ def _opens_sentence(token: Token, tokens: tuple[Token, ...]) -> bool:
     return not before or before[-1].text in {".", "?", "!", ":", '"', "“", "-"}
 
 
-def _numbers(tokens: tuple[Token, ...], lowers: list[str]) -> Iterator[str]:
-    for token, word in zip(tokens, lowers, strict=True):
-        if _DIGIT.search(word):
-            yield word.replace(",", "").strip(_AROUND).removesuffix(".0") or word
-        elif word in closed.NUMBERS and token.pos in {"NUM", "ADJ", "NOUN"}:
-            yield closed.NUMBERS[word]
-
-
 def _negations(lowers: list[str]) -> int:
-    """Count negations; "or not" at the end of a question denies nothing."""
+    """Count negations; those of "or not", "why or why not" and "if not, …" deny nothing."""
     return sum(
-        word in closed.NEGATIONS and not (at and lowers[at - 1] == "or")
+        word in closed.NEGATIONS and not _denies_nothing(lowers[:at], lowers[at + 1 :])
         for at, word in enumerate(lowers)
     )
+
+
+def _denies_nothing(before: list[str], after: list[str]) -> bool:
+    if before[-1:] == ["or"] or before[-2:] == ["or", "why"]:
+        return True
+    return before[-1:] == ["if"] and not (after and after[0][0].isalpha())
+
+
+def _compares(lowers: list[str]) -> Iterator[str]:
+    if "than" in lowers:
+        yield "than"
+    if any(word == "as" and "as" in lowers[at + 2 : at + 3] for at, word in enumerate(lowers)):
+        yield "as"
+
+
+def _lengths(text: str) -> set[str]:
+    """Find what an answer is to be counted in, as in "explain in one sentence"."""
+    return {f"{match[1].lower()}s" for match in _LENGTH.finditer(text)}
 
 
 def _asked_for(tokens: tuple[Token, ...], lowers: list[str]) -> Iterator[str]:

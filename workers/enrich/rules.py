@@ -33,11 +33,15 @@ def language(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
 
 
 def numbers(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
-    """Refuse different numbers and dates."""
+    """Refuse different numbers, dates, sums and currencies."""
     if asked.numbers.keys() != stored.numbers.keys():
         return _one_sided("number", asked.numbers, stored.numbers)
     if asked.dates != stored.dates:
         return _one_sided("date", asked.dates, stored.dates)
+    if asked.signs != stored.signs:
+        return _differ("sum", " ".join(asked.signs), " ".join(stored.signs))
+    if asked.currencies and stored.currencies and asked.currencies != stored.currencies:
+        return _one_sided("currency", asked.currencies, stored.currencies)
     return None
 
 
@@ -69,7 +73,11 @@ def comparison(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None
     pair = _opposed_grammar(asked, stored, closed.COMPARATIVE)
     if pair is not None:
         return f'"{pair[0]}" against "{pair[1]}"'
-    if asked.compares != stored.compares and not (asked.question and stored.question):
+    if asked.compares == stored.compares:
+        return None
+    if asked.compares and stored.compares:
+        return _one_sided("comparison", asked.compares, stored.compares)
+    if not (asked.question and stored.question):
         return "only one compares"
     return None
 
@@ -107,6 +115,15 @@ def quantifiers(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | Non
         return None  # "some of the best" and "all the best" ask for the same list
     if asked.quantifiers != stored.quantifiers:
         return _one_sided("quantifier", asked.quantifiers, stored.quantifiers)
+    return None
+
+
+def modality(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
+    """Refuse statements and orders of which one says what can be and the other what has to be."""
+    if asked.question and stored.question:
+        return None  # "How should I …" and "How can I …" ask for the same advice
+    if asked.modality != stored.modality and asked.modality and stored.modality:
+        return f"{words_of(asked.modality)} against {words_of(stored.modality)}"
     return None
 
 
@@ -148,6 +165,7 @@ RULES: dict[str, Rule] = {
     "entities": entities,
     "question": question,
     "quantifiers": quantifiers,
+    "modality": modality,
     "content": content,
     "roles": roles,
 }
@@ -164,12 +182,17 @@ def unmatched(asked: Reading, stored: Reading, lexicon: Lexicon) -> tuple[list[s
     if max(len(only_asked), len(only_stored)) > _MANY_WORDS:
         return only_asked, only_stored
     for word in list(only_asked):
-        partner = next((w for w in only_stored if lexicon.near(word, w)), None)
+        partner = next(
+            (w for w in only_stored if lexicon.near(word, w) or lexicon.akin(word, w)), None
+        )
         if partner is not None:
             only_asked.remove(word)
             only_stored.remove(partner)
     _drop_joined(only_asked, only_stored, stored)
     _drop_joined(only_stored, only_asked, asked)
+    if only_asked and only_stored:
+        only_asked = [w for w in only_asked if not any(lexicon.near(w, x) for x in stored.light)]
+        only_stored = [w for w in only_stored if not any(lexicon.near(w, x) for x in asked.light)]
     return only_asked, only_stored
 
 
@@ -188,6 +211,7 @@ def _missing_names(one: Reading, other: Reading, lexicon: Lexicon) -> set[str]:
         for name in one.names - other.words
         if name not in other.initials.split() and name not in one.initials.split()
         if not any(lexicon.related(name, word) for word in other.words)
+        if not (name in one.uncapped and any(lexicon.near(name, word) for word in other.words))
     }
 
 
