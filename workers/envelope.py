@@ -35,7 +35,6 @@ Text = Annotated[str, Field(max_length=512), BeforeValidator(_printable)]
 Name = Annotated[Text, Field(min_length=1)]
 Utf8 = Literal["utf-8", "UTF-8", "utf8"]
 Json = Literal["application/json"]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
 
 
 class _Part(BaseModel):
@@ -77,13 +76,14 @@ class _TaskHeaders(_Part):
     origin: Text | None = None
     argsrepr: str | None = None
     kwargsrepr: str | None = None
-    # Celery would hold the message for ever, or drop it unseen. A job has a deadline of its own.
+    # Celery would hold the message for ever, drop it unseen, or drop it half done. A job has a
+    # deadline of its own.
     eta: None = None
     expires: None = None
+    timelimit: list[None] | None = Field(None, min_length=2, max_length=2)
     retries: int | None = Field(None, ge=0)
     ignore_result: bool | None = None
     replaced_task_nesting: int | None = None
-    timelimit: list[Seconds | None] | None = Field(None, min_length=2, max_length=2)
     stamped_headers: list[Name] | None = None
     stamps: dict[str, Any] | None = None
 

@@ -143,6 +143,7 @@ def poison(sound: dict[str, Any]) -> dict[str, bytes]:
         "expires no date": changed("headers", "expires", to="never"),
         "expired": changed("headers", "expires", to="1970-01-01T00:00:00+00:00"),
         "time limit of another type": changed("headers", "timelimit", to="long"),
+        "time limit": changed("headers", "timelimit", to=[0.001, None]),
         "negative time limit": changed("headers", "timelimit", to=[-1, None]),
         "retries of another type": changed("headers", "retries", to="many"),
         "stamps of another type": changed("headers", "stamped_headers", to=[["a"]]),
