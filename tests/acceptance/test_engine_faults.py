@@ -85,9 +85,10 @@ async def test_an_engine_without_memory_is_replaced(
     jobs = await _running(client, tokens=100)
     engine = watched.engine_core()
     async with watched.replaced():
-        # As full memory does: what the engine asks for from now on, it is not given.
-        engine.rlimit(resource.RLIMIT_AS, (1, 1))
-        # A prompt for which it needs more than it has.
+        # As full memory does: what the engine and its executor ask for, they are not given.
+        for process in (engine, *engine.children(recursive=True)):
+            process.rlimit(resource.RLIMIT_AS, (1, 1))
+        # A prompt for which they need more than they have.
         jobs.append(await client.submit("word " * 3000, sampling={"max_tokens": 1}, reuse="off"))
     assert not engine.is_running()
     results = await asyncio.gather(*(job.result(WAIT_S) for job in jobs))
