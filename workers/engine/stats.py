@@ -21,10 +21,14 @@ STAGE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 class StageTimes:
     """How long one stage took, over all requests."""
 
+    bounds: Sequence[float] = STAGE_BUCKETS_S  # upper, in seconds
     times: int = 0
     seconds: float = 0.0  # in all
-    #: Times in each class of `STAGE_BUCKETS_S`, and last those above all of them.
-    classes: list[int] = field(default_factory=lambda: [0] * (len(STAGE_BUCKETS_S) + 1))
+    #: Times in each class of `bounds`, and last those above all of them.
+    classes: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.classes = [0] * (len(self.bounds) + 1)
 
     def add(self, seconds: float) -> None:
         """Count one time.
@@ -34,7 +38,7 @@ class StageTimes:
         """
         self.times += 1
         self.seconds += seconds
-        self.classes[bisect_left(STAGE_BUCKETS_S, seconds)] += 1
+        self.classes[bisect_left(self.bounds, seconds)] += 1
 
     def snapshot(self) -> dict[str, Any]:
         """Return it as JSON types."""
