@@ -134,7 +134,7 @@ async def _rates(system: Deployed, kind: str, jobs: int) -> list[Figure]:
         await system.client.submit_many(asked, channel=channel)
 
     submitting, running, both = Spent(), Spent(), Spent()
-    with system.worker_stopped(), submitting.on(system):
+    with system.workers_stopped(), submitting.on(system):
         await submit(f"queued-{kind}")
     reader = Reader(system, f"queued-{kind}")
     with running.on(system):

@@ -12,13 +12,15 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import psutil
 
 from tests.benchmarks.stand_in import MODEL
 from workers.aio_client import AsyncJobClient
-from workers.devices import Device, Fleet
+from workers.devices import Fleet
+from workers.pinning import share_cpu
 from workers.serving import prepare_environment
 from workers.settings import Settings, load_settings
 
@@ -27,7 +29,7 @@ _START_S = 1200.0
 
 @dataclass(frozen=True, kw_only=True)
 class Deployed:
-    """One worker on an embedded stack of its own, and a client of it."""
+    """Workers, most often one, on an embedded stack of their own, and a client of it."""
 
     settings: Settings
     fleet: Fleet
@@ -35,27 +37,35 @@ class Deployed:
 
     @property
     def worker(self) -> psutil.Process:
-        """The worker's main process."""
-        process = self.fleet.workers[0].process
-        if process is None:
-            msg = "the worker has not been started"
+        """The first worker's main process."""
+        return self.workers[0]
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        """The workers' main processes."""
+        processes = [worker.process for worker in self.fleet.workers]
+        if None in processes:
+            msg = "a worker has not been started"
             raise RuntimeError(msg)
-        return psutil.Process(process.pid)
+        return [psutil.Process(process.pid) for process in processes if process is not None]
 
     @contextmanager
-    def worker_stopped(self) -> Iterator[None]:
-        """Let the worker's main process stand still meanwhile, so that a queue can fill."""
-        self.worker.send_signal(signal.SIGSTOP)
+    def workers_stopped(self) -> Iterator[None]:
+        """Let the workers' main processes stand still meanwhile, so that a queue can fill."""
+        workers = self.workers
+        for worker in workers:
+            worker.send_signal(signal.SIGSTOP)
         try:
             yield
         finally:
-            self.worker.send_signal(signal.SIGCONT)
+            for worker in workers:
+                worker.send_signal(signal.SIGCONT)
 
     def processor_s(self) -> dict[str, float]:
         """Return the seconds of processor time that each part has taken so far."""
         # The client runs in this very process.
-        spent = {"client": _spent(psutil.Process()), "worker": _spent(self.worker)}
-        for child in self.worker.children(recursive=True):
+        spent = {"client": _spent(psutil.Process()), "worker": sum(map(_spent, self.workers))}
+        for child in chain.from_iterable(one.children(recursive=True) for one in self.workers):
             with contextlib.suppress(psutil.NoSuchProcess):
                 spent["engine"] = spent.get("engine", 0.0) + _spent(child)
         home = str(self.settings.data_dir)
@@ -78,12 +88,17 @@ def _spent(process: psutil.Process) -> float:
 
 @asynccontextmanager
 async def deployed(
-    *, engine_args: Sequence[str] = (), stand_in: bool = False, **changes: object
+    *,
+    engine_args: Sequence[str] = (),
+    workers: int = 1,
+    stand_in: bool = False,
+    **changes: object,
 ) -> AsyncIterator[Deployed]:
-    """Start the embedded stack in a folder that is thrown away, and one worker.
+    """Start the embedded stack in a folder that is thrown away, and workers.
 
     Args:
         engine_args: Of vLLM's command line.
+        workers: How many; they divide the cores.
         stand_in: Whether `tests.benchmarks.stand_in` takes vLLM's place.
         changes: Settings by name.
 
@@ -99,15 +114,16 @@ async def deployed(
         settings = load_settings(data_dir=Path(at) / "data", **changes)
         async with AsyncJobClient(settings) as client:
             await client.connection()
-            say("starting a worker")
+            say(f"starting {workers} worker{'s' * (workers > 1)}")
             started = time.monotonic()
-            fleet = Fleet(settings, [Device()], engine_args=engine_args, on_event=say)
+            fleet = Fleet(settings, share_cpu([1] * workers), engine_args=engine_args, on_event=say)
             if stand_in:
-                fleet.workers[0].command = [sys.executable, "-m", "tests.benchmarks.stand_in"]
+                for worker in fleet.workers:
+                    worker.command = [sys.executable, "-m", "tests.benchmarks.stand_in"]
             fleet.start()
             try:
                 await asyncio.to_thread(fleet.wait_ready, _START_S)
-                say(f"it takes jobs after {time.monotonic() - started:.0f} s")
+                say(f"jobs are taken after {time.monotonic() - started:.0f} s")
                 yield Deployed(settings=settings, fleet=fleet, client=client)
             finally:
                 await asyncio.to_thread(fleet.stop)

@@ -41,6 +41,8 @@ BENCHMARKS = (
     ),
     Benchmark(name="cached_jobs", about="jobs from the cache, through the whole queue"),
     Benchmark(name="fair_release", about="a backlog of one namespace, let in by turns or at once"),
+    Benchmark(name="more_workers", about="jobs from the cache, by two workers beside one"),
+    Benchmark(name="sight", about="throughput with metrics and tracing, beside without"),
     Benchmark(name="sizes", about="cost against rows and against stored answers (a stand-in)"),
     Benchmark(name="start_up", about="`up` until it is ready, beside vLLM's own start"),
     Benchmark(name="ceilings", about="what a job costs the servers that all workers share"),
