@@ -41,7 +41,7 @@ test-long: $(STAMP)  ## the tests that take minutes each
 	@$(PYTHON) -m pytest -m long
 
 # Prometheus comes from the system: Debian's package has the server and promtool.
-test-ops: $(STAMP)  ## try a real Prometheus and a real trace collector on a real worker
+test-ops: $(STAMP)  ## try a real Prometheus on a real worker
 	@command -v prometheus promtool >/dev/null || { echo "make test-ops needs Prometheus: apt-get install prometheus" >&2; exit 1; }
 	@$(PYTHON) -m pytest -m ops tests/ops
 

@@ -58,14 +58,18 @@ The trace goes on from a span that the producer's own program has open. `OTEL_SE
 `OTEL_TRACES_SAMPLER` and the other variables of OpenTelemetry hold; a submission that was not
 sampled makes no span anywhere. Where thousands of jobs come from the cache each second, sample at
 the producers, for instance with `OTEL_TRACES_SAMPLER=parentbased_traceidratio` and
-`OTEL_TRACES_SAMPLER_ARG=0.01`. A repeat that a worker answers without a run has `wait` alone below
-its `job`: it shares answer, commit and publication with others. No span holds a prompt, an answer or the text of an error.
+`OTEL_TRACES_SAMPLER_ARG=0.01`. A repeat that a worker answers without a run has the same spans but
+vLLM's; its steps were taken together with those of other jobs, and last as long as theirs. No span
+holds a prompt, an answer or the text of an error.
 
 ## Logs
 
 `PROMPTMILL_LOG_FORMAT=json` writes an object of JSON a line to standard error, Celery's and vLLM's
 lines too. A line that belongs to a job bears `job_id`, and `trace_id` where the submission was
-traced. Passwords inside addresses are masked; tracebacks show no values.
+traced; unless `PROMPTMILL_SHOW_PROMPTS` is set, it holds no prompt, no answer and no text of an
+error, which may quote them. At the level INFO, the default, jobs that failed or expired have a line
+each, and so have attempts that are made again; at DEBUG every job has one, with its state, provenance
+and attempt. Passwords inside addresses are masked; tracebacks show no values.
 """
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ from schema.errors import (
 )
 from schema.jobs import JobError, JobResult, JobState
 from schema.names import DEFAULT_PRIORITY
-from workers import logs
+from workers import job_lines, logs
 from workers.answering import Answerer, TryAgainError, failed
 from workers.display import Display
 from workers.hits import HitCounter
@@ -213,6 +214,7 @@ class Pipeline:
                 group, ids = ids[:taken], ids[taken:]
                 self._no_longer_waiting(taken)
                 claim = await self._claim(group, taken)
+                claimed_at = time.time()
                 known = self._recall.outcomes(claim.jobs)
                 for job in claim.jobs:
                     if job.id not in known:
@@ -220,7 +222,8 @@ class Pipeline:
                 suspects += await self._left_alone(group, claim)
                 if known:
                     self._slots.give(len(known))
-                    await self._settle([job for job in claim.jobs if job.id in known], known)
+                    needless = [job for job in claim.jobs if job.id in known]
+                    await self._settle(needless, known, claimed_at=claimed_at)
             while running:
                 await asyncio.wait(running)
             await self._run_suspects(suspects, running)
@@ -364,6 +367,9 @@ class Pipeline:
         for job in claim.jobs:
             self._meter.claimed(job)
             self.display.claimed(job)
+        for end in claim.ended:
+            self._meter.ended_unrun(end.result)
+            job_lines.ended_unrun(end.result)
         return claim
 
     async def _run(self, job: ClaimedJob, slots: int) -> None:
@@ -382,32 +388,38 @@ class Pipeline:
                 )
                 self._recall.note(job, outcome)
 
-    async def _settle(self, jobs: Sequence[ClaimedJob], known: Mapping[UUID, Outcome]) -> None:
+    async def _settle(
+        self, jobs: Sequence[ClaimedJob], known: Mapping[UUID, Outcome], *, claimed_at: float
+    ) -> None:
         """Commit and publish outcomes that needed no run, together."""
+        ends = [("wait", claimed_at), ("answer", time.time())]
         with self._leases.hold_decided(jobs):
             standing = await self._commit_all([(job, known[job.id]) for job in jobs])
-            await self._publish(
+            ends.append(("commit", time.time()))
+            published = await self._publish(
                 [
                     Delivery(channel=job.channel, result=known[job.id].result)
                     for job in jobs
                     if job.id in standing
                 ]
             )
-        if self._tracing.on:
-            for job in jobs:
-                # What they share is done; each has had its answer.
-                with self._span_of(job):
-                    pass
+            ends.append(("publish", time.time()))
+        traced = [job for job in jobs if self._tracing.wants(job.traceparent)]
+        if traced:
+            failed_at = None if published else "publish"
+            for job in traced:
+                lost = job.id not in standing
+                self._tracing.settled(
+                    job.traceparent,
+                    known[job.id],
+                    ends=ends[:-1] if lost else ends,
+                    failed_at="commit" if lost else failed_at,
+                    **_attributes(job),
+                )
+                await asyncio.sleep(0)  # making spans of hundreds must not hold up the loop
 
     def _span_of(self, job: ClaimedJob) -> AbstractContextManager[Any]:
-        return self._tracing.job(
-            job.traceparent,
-            waited_since=job.created_at.timestamp(),
-            job_id=str(job.id),
-            namespace=job.namespace,
-            model=job.model,
-            attempt=job.attempts,
-        )
+        return self._tracing.job(job.traceparent, **_attributes(job))
 
     async def _outcome(self, job: ClaimedJob, holding: Holding) -> Outcome | None:
         """Return what is to be committed, or None when the job was given back or is lost."""
@@ -432,7 +444,7 @@ class Pipeline:
         except TryAgainError as exc:
             return await self._try_again(job, exc.error)
         except Exception as exc:  # noqa: BLE001  whatever it was, the job must not be lost
-            _log.exception("job failed in a way nobody foresaw", job_id=str(job.id))
+            job_lines.unforeseen(job, exc)
             error = JobError(type=type(exc).__name__, message=str(exc), retryable=True)
             return await self._try_again(job, error)
 
@@ -459,6 +471,7 @@ class Pipeline:
         most = min(self._rules.backoff_s * 2 ** (job.attempts - 1), self._rules.backoff_most_s)
         delay_s = random.uniform(most / 2, most)  # noqa: S311  no secret
         self._meter.put_back(job)
+        job_lines.put_back(job, error, delay_s=delay_s)
         await self._patiently(
             "give a job back",
             lambda: self._jobs.retry_later(job.id, job.token, delay_s=delay_s, error=error),
@@ -492,19 +505,23 @@ class Pipeline:
         for job, outcome in ended:
             if job.id not in standing:
                 self._meter.returned(job, "lease-lost")
+                job_lines.lost(job)
                 continue
             if outcome.answer is not None:
                 self._stored[outcome.answer.id] = True
             self._hits.note(outcome)
             self._meter.ended(job, outcome)
+            job_lines.ended(job, outcome)
         return standing
 
-    async def _publish(self, deliveries: Sequence[Delivery]) -> None:
+    async def _publish(self, deliveries: Sequence[Delivery]) -> bool:
+        """Publish outcomes; return whether they are on their channels."""
         try:
             with self._tracing.span("publish"):
                 await self._publisher.publish(deliveries)
         except BrokerUnavailableError:
-            return  # committed and unpublished: recovery publishes it
+            return False  # committed and unpublished: recovery publishes it
+        return True
 
     def _on_text(self, job: ClaimedJob) -> _TokenStream | None:
         return _TokenStream(self._channel, job) if job.options.get("stream") else None
@@ -521,6 +538,17 @@ class Pipeline:
                     said = True
                 await asyncio.sleep(wait_s * random.uniform(0.5, 1))  # noqa: S311  no secret
                 wait_s = min(wait_s * 2, self._rules.waiting_most_s)
+
+
+def _attributes(job: ClaimedJob) -> dict[str, Any]:
+    """Return what the span of a job is told."""
+    return {
+        "waited_since": job.created_at.timestamp(),
+        "job_id": str(job.id),
+        "namespace": job.namespace,
+        "model": job.model,
+        "attempt": job.attempts,
+    }
 
 
 class _TokenStream:

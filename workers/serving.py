@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from schema.errors import ConfigurationError
 from workers.endpoints import BUNDLED, served_name
+from workers.otlp import vllm_otlp
 from workers.pinning import built_for_cpu, flag_value
-from workers.tracing import vllm_otlp
 
 if TYPE_CHECKING:
     from workers.settings import Settings

@@ -15,12 +15,12 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
 
 from schema.errors import ConfigurationError
+from workers import otlp
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from workers.store.records import Outcome
 
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
-_TRACES_PATH = "/v1/traces"
 _FLUSH_MS = 5_000
 _NAME = "promptmill"
 #: Whether the job that this code runs for is traced; None outside of jobs.
@@ -60,13 +59,12 @@ class Tracing:
         """
         if settings.otlp_endpoint is None:
             # A program that has not imported OpenTelemetry has no span to go on from.
-            if "opentelemetry.sdk.trace" not in sys.modules or not _provided():
+            if "opentelemetry.sdk.trace" not in sys.modules or not otlp.provided():
                 return cls()
         else:
-            address, protocol = vllm_otlp(settings.otlp_endpoint)
             try:
-                if not _provided():
-                    _provide(address, protocol)
+                if not otlp.provided():
+                    otlp.provide(settings.otlp_endpoint)
             except ImportError as exc:
                 msg = "tracing needs OpenTelemetry: pip install 'promptmill[tracing]'"
                 raise ConfigurationError(msg) from exc
@@ -78,6 +76,14 @@ class Tracing:
     def on(self) -> bool:
         """Whether spans are made."""
         return self._tracer is not None
+
+    def wants(self, traceparent: str | None) -> bool:
+        """Say whether a job's spans are made.
+
+        Args:
+            traceparent: Of the submission. One that was not sampled makes no spans.
+        """
+        return self._tracer is not None and _sampled(traceparent)
 
     def span(
         self, name: str, *, kind: str = "internal", **attributes: Any
@@ -111,6 +117,51 @@ class Tracing:
         if not _sampled(traceparent):
             return _noted(traced=False)
         return self._job(traceparent, waited_since, attributes)
+
+    def settled(
+        self,
+        traceparent: str | None,
+        outcome: Outcome,
+        *,
+        waited_since: float,
+        ends: Sequence[tuple[str, float]],
+        failed_at: str | None,
+        **attributes: Any,
+    ) -> None:
+        """Make the spans of a job that was answered without a run, when it is over.
+
+        Its steps were taken together with those of other jobs, and are as long as theirs.
+
+        Args:
+            traceparent: Of the submission; wanted.
+            outcome: What it was answered.
+            waited_since: When it was submitted; Unix time.
+            ends: Its steps, each with the Unix time at which it ended and the next began.
+            failed_at: The step that failed, if one did.
+            attributes: Of the job's span.
+        """
+        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+
+        began_ns = int(waited_since * 1e9)
+        job = self._tracer.start_span(
+            "job",
+            context=_context(traceparent),
+            kind=SpanKind.CONSUMER,
+            start_time=began_ns,
+            attributes=_named(attributes),
+        )
+        ended_ns = int(ends[-1][1] * 1e9)
+        if job.is_recording():
+            below = set_span_in_context(job)
+            for name, ended_s in ends:
+                span = self._tracer.start_span(name, context=below, start_time=began_ns)
+                if name == "answer":
+                    describe_answer(span, outcome, stages=False)
+                if name == failed_at:
+                    span.set_status(Status(StatusCode.ERROR))
+                began_ns = int(ended_s * 1e9)
+                span.end(began_ns)
+        job.end(ended_ns)
 
     def traceparent(self) -> str | None:
         """Return the current span as a W3C header, or None."""
@@ -148,11 +199,7 @@ class Tracing:
     def _job(
         self, traceparent: str | None, waited_since: float, attributes: Mapping[str, Any]
     ) -> Iterator[Any]:
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        parent = None
-        if traceparent is not None:
-            parent = TraceContextTextMapPropagator().extract({"traceparent": traceparent})
+        parent = _context(traceparent)
         start_ns = int(waited_since * 1e9)
         with (
             _noted(traced=True),
@@ -178,9 +225,7 @@ class Tracing:
             context=context,
             kind=SpanKind[kind.upper()],
             start_time=start_ns,
-            attributes={
-                f"{_NAME}.{key}": value for key, value in attributes.items() if value is not None
-            },
+            attributes=_named(attributes),
             # The text of an error may quote the prompt; its class does not.
             record_exception=False,
             set_status_on_exception=False,
@@ -202,38 +247,21 @@ def trace_id(traceparent: str | None) -> str | None:
     return match[1] if match else None
 
 
-def vllm_otlp(endpoint: str) -> tuple[str, str]:
-    """Return the address and the protocol that vLLM's own exporter takes.
-
-    Args:
-        endpoint: As in the settings.
-
-    Raises:
-        ConfigurationError: It cannot be used.
-    """
-    parts = urlsplit(endpoint)
-    if parts.scheme == "grpc" and parts.netloc:
-        return f"http://{parts.netloc}", "grpc"
-    if parts.scheme in {"http", "https"} and parts.netloc:
-        path = parts.path if parts.path not in {"", "/"} else _TRACES_PATH
-        return f"{parts.scheme}://{parts.netloc}{path}", "http/protobuf"
-    msg = "PROMPTMILL_OTLP_ENDPOINT must be such as http://host:4318 or grpc://host:4317"
-    raise ConfigurationError(msg)
-
-
-def describe_answer(span: Any, outcome: Outcome) -> None:
+def describe_answer(span: Any, outcome: Outcome, *, stages: bool = True) -> None:
     """Write on a span how an answer came about; numbers and names alone.
 
     Args:
         span: Of OpenTelemetry.
         outcome: Of the job.
+        stages: Whether the seconds of its stages are this job's own.
     """
     metadata = outcome.result.metadata
     span.set_attribute(f"{_NAME}.status", outcome.result.status.value)
     for name in ("provenance", "tier", "similarity"):
         if (value := metadata.get(name)) is not None:
             span.set_attribute(f"{_NAME}.{name}", value)
-    for stage, seconds in metadata.get("processing_time", {}).items():
+    times = metadata.get("processing_time", {}) if stages else {}
+    for stage, seconds in times.items():
         span.set_attribute(f"{_NAME}.stage.{stage}_s", seconds)
     for part in metadata.get("errors", {}):
         span.add_event("enhancement failed", {f"{_NAME}.part": part})
@@ -248,42 +276,19 @@ def _noted(*, traced: bool) -> Iterator[None]:
         _traced.reset(token)
 
 
+def _named(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{_NAME}.{key}": value for key, value in attributes.items() if value is not None}
+
+
+def _context(traceparent: str | None) -> Any:
+    """Return what a submission's span is to OpenTelemetry; None without one."""
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    if traceparent is None:
+        return None
+    return TraceContextTextMapPropagator().extract({"traceparent": traceparent})
+
+
 def _sampled(traceparent: str | None) -> bool:
     match = _TRACEPARENT.fullmatch(traceparent or "")
     return match is None or bool(int(match[3], 16) & 1)
-
-
-def _provided() -> bool:
-    """Whether this process has a tracer provider of its own or of its host's."""
-    from opentelemetry import trace
-
-    return not isinstance(
-        trace.get_tracer_provider(), (trace.ProxyTracerProvider, trace.NoOpTracerProvider)
-    )
-
-
-def _provide(address: str, protocol: str) -> None:
-    from opentelemetry import trace
-    from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
-    told = OTELResourceDetector().detect()
-    resource = Resource.create({SERVICE_NAME: told.attributes.get(SERVICE_NAME, _NAME)})
-    provider = TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(_exporter(address, protocol)))
-    trace.set_tracer_provider(provider)
-
-
-def _exporter(address: str, protocol: str) -> Any:
-    if protocol == "grpc":
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (
-            OTLPSpanExporter as GrpcExporter,
-        )
-
-        return GrpcExporter(endpoint=address, insecure=True)
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import (
-        OTLPSpanExporter as HttpExporter,
-    )
-
-    return HttpExporter(endpoint=address)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.otlp_collector import Collector
 from workers.aio_client import AsyncJobClient
 from workers.local import LocalStack
 from workers.settings import Settings, load_settings
@@ -38,15 +39,18 @@ class Deployment:
     Args:
         settings: Of clients.
         log: File that takes what the command says.
+        otlp_endpoint: Where its workers send spans.
     """
 
-    def __init__(self, settings: Settings, log: Path) -> None:
+    def __init__(self, settings: Settings, log: Path, *, otlp_endpoint: str) -> None:
         self.settings = settings
         self._log = log
+        self._otlp_endpoint = otlp_endpoint
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, **settings: object) -> None:
         """Start it, with settings of its own; return when jobs are taken."""
+        settings = {"otlp_endpoint": self._otlp_endpoint, **settings}
         told = {f"PROMPTMILL_{name.upper()}": str(value) for name, value in settings.items()}
         before = self._said(_ALL_READY)
         with self._log.open("ab") as log:
@@ -127,10 +131,22 @@ def _lives(process: psutil.Process) -> bool:
 
 
 @pytest.fixture(scope="package")
-def deployment(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def collector() -> Iterator[Collector]:
+    """Takes the spans of the deployment's worker."""
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="package")
+def deployment(
+    stack: LocalStack, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
     """One that takes jobs; gone before other packages' tests, which need the cores."""
+    # Clients in this process are not traced: a process has one tracer for all its life.
     settings = load_settings(data_dir=Path(stack.data_dir))
-    made = Deployment(settings, tmp_path_factory.mktemp("up") / "up.log")
+    log = tmp_path_factory.mktemp("up") / "up.log"
+    made = Deployment(settings, log, otlp_endpoint=collector.url)
     try:
         made.start(lease_s=6.0)
         yield made
