@@ -42,7 +42,7 @@ def figures(*, quick: bool) -> list[Figure]:
     Args:
         quick: Fewer rounds, of fewer jobs.
     """
-    return asyncio.run(_measure(rounds=2 if quick else 6, jobs=3_000 if quick else 20_000))
+    return asyncio.run(_measure(rounds=2 if quick else 6, jobs=3_000 if quick else 15_000))
 
 
 async def _measure(*, rounds: int, jobs: int) -> list[Figure]:
