@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -58,12 +59,21 @@ class Answerer:
         llm: The engine.
         handlers: vLLM's OpenAI handlers over it.
         model: Name the model is served under.
+        adapters: Names of the LoRA modules that are served with it.
     """
 
-    def __init__(self, llm: EnhancedAsyncLLM, handlers: OpenAIHandlers, *, model: str) -> None:
+    def __init__(
+        self,
+        llm: EnhancedAsyncLLM,
+        handlers: OpenAIHandlers,
+        *,
+        model: str,
+        adapters: Collection[str] = (),
+    ) -> None:
         self._llm = llm
         self._handlers = handlers
         self._model = model
+        self._adapters = frozenset(adapters)
 
     async def answer(
         self,
@@ -161,7 +171,10 @@ class Answerer:
         said: dict[int, list[str]] = {}
         length: dict[int, int] = {}
         generated = 0
-        async for output in self._llm.generate(request.prompt, params, str(job.id)):
+        adapted: dict[str, Any] = {}
+        if job.model in self._adapters:
+            adapted["lora_request"] = self._handlers.adapter(job.model)
+        async for output in self._llm.generate(request.prompt, params, str(job.id), **adapted):
             final = output
             generated += sum(len(piece.token_ids) for piece in output.outputs)
             if on_text is not None:
@@ -188,10 +201,11 @@ class Answerer:
     ) -> Outcome:
         body = {**request.body}
         named = body.get("model")
-        if named not in (None, "", self._model):
-            msg = f"this worker serves {self._model}; leave model out, or name that"
+        served = job.model if job.model in self._adapters else self._model
+        if named not in (None, "", served):
+            msg = f"the job is for {served}; leave model out of the body, or name that"
             raise UnknownModelError(msg, field="model", value=named)
-        body["model"] = self._model
+        body["model"] = served
         # The job's id lets a person find the request in vLLM's own log.
         body.setdefault("request_id", str(job.id))
         answer = await self._handlers.answer(request.url, body, on_text=on_text)

@@ -30,16 +30,16 @@ _VISIBILITY_TIMEOUT_S = 6 * 3600
 _MESSAGES = 1024
 
 
-def make_app(settings: Settings, redis_url: str, model: str) -> Celery:
-    """Return a Celery application whose workers run the jobs of one model.
+def make_app(settings: Settings, redis_url: str, *models: str) -> Celery:
+    """Return a Celery application whose workers run the jobs of a model and its adapters.
 
     Args:
         settings: Read from the environment.
         redis_url: Address of the broker.
-        model: Served name; names the queue.
+        models: Served names, one at least; each names a queue.
     """
     app = Celery("promptmill", set_as_current=False)
-    queue = names.queue(model)
+    queues = [names.queue(model) for model in models]
     broker = broker_settings(redis_url, task_names={names.RUN_JOBS_TASK})
     broker["broker_transport_options"] |= {
         "priority_steps": list(names.PRIORITIES),
@@ -62,8 +62,8 @@ def make_app(settings: Settings, redis_url: str, model: str) -> Celery:
         broker_connection_max_retries=None,
         task_acks_late=True,
         task_ignore_result=True,
-        task_default_queue=queue,
-        task_queues=[Queue(queue, Exchange(""), routing_key=queue)],
+        task_default_queue=queues[0],
+        task_queues=[Queue(queue, Exchange(""), routing_key=queue) for queue in queues],
         task_serializer="json",
         accept_content=["json"],
         result_backend=None,
@@ -93,7 +93,7 @@ def run_worker(
     """
     from workers.runtime import worker_runtime
 
-    app = make_app(settings, endpoints.redis_url, model.name)
+    app = make_app(settings, endpoints.redis_url, *model.names)
     current: list[Pipeline] = []
     tasks.register(app, current)
 

@@ -27,6 +27,7 @@ from schema.errors import shown
 from workers import handler_stream
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from workers.handler_stream import OnText
@@ -61,6 +62,7 @@ class OpenAIHandlers:
         scores = getattr(state, "serving_scores", None)
         score = (TypeAdapter(ScoreRequest), scores)
         rerank = (TypeAdapter(RerankRequest), scores)
+        self._models = getattr(state, "openai_serving_models", None)
         self._routes: dict[str, tuple[TypeAdapter[Any], Handler | None]] = {
             "/v1/chat/completions": (
                 TypeAdapter(ChatCompletionRequest),
@@ -89,6 +91,15 @@ class OpenAIHandlers:
         state = State()
         await init_app_state(llm, state, args, await llm.get_supported_tasks())
         return cls(state)
+
+    def adapter(self, name: str) -> LoRARequest | None:
+        """Return what asks for a LoRA module that vLLM was started with; None if it is none.
+
+        Args:
+            name: Served name.
+        """
+        found: LoRARequest | None = getattr(self._models, "lora_requests", {}).get(name)
+        return found
 
     async def answer(
         self, url: str, body: dict[str, Any], *, on_text: OnText | None = None

@@ -34,6 +34,9 @@ _COPIES = 4  # of a result: as text, as values, its answer, and the text of the 
 #: Options under which the usual way does more than to give the answer.
 _UNUSUAL = ("stream", "analyse_answer", "sliding_ttl")
 
+#: Namespace, model (a worker may serve adapters of it), way of reuse, and digest of the request.
+_Key = tuple[str, str, str, bytes]
+
 # A word that no model writes marks a gap, so that a text that was kept is not mistaken for one.
 _MARK = uuid4().hex
 _GAP = re.compile(f'"{_MARK}:([a-z_]+)"')
@@ -106,7 +109,7 @@ class Recall:
 
     def __init__(self, engine: RemembersAnswers) -> None:
         self._engine = engine
-        self._known: LRUCache[tuple[str, str, bytes], _Known] = LRUCache(
+        self._known: LRUCache[_Key, _Known] = LRUCache(
             _MOST_BYTES, getsizeof=lambda known: known.bytes
         )
 
@@ -213,11 +216,11 @@ class Recall:
         )
 
 
-def _key(job: ClaimedJob) -> tuple[str, str, bytes] | None:
+def _key(job: ClaimedJob) -> _Key | None:
     """Return what two jobs share that get the same answer; None for one that needs a run."""
     options = job.options
     reuse = options.get("reuse", Reuse.EXACT)
     if reuse == Reuse.OFF or any(options.get(name) for name in _UNUSUAL):
         return None
     # Postgres keeps an object's keys in an order of its own, so equal requests read the same.
-    return job.namespace, reuse, hashlib.sha256(orjson.dumps(job.request)).digest()
+    return job.namespace, job.model, reuse, hashlib.sha256(orjson.dumps(job.request)).digest()

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -125,7 +125,7 @@ async def worker_runtime(
                 max_attempts=settings.max_attempts,
                 show_prompts=settings.show_prompts,
             ),
-            answerer=Answerer(llm, handlers, model=model.name),
+            answerer=Answerer(llm, handlers, model=model.name, adapters=model.adapters),
             jobs=jobs,
             commit=commit,
             publisher=publisher,
@@ -145,7 +145,7 @@ async def worker_runtime(
         recovery.on_pass = lambda done: observation.metrics.recovered(done.by_action())
         _keep_up(stack, settings, database, redis, answers)
         _listen(stack, redis, llm, leases)
-        announcing = _announce(redis, name, model.name, pipeline, observation)
+        announcing = _announce(redis, name, model.names, pipeline, observation)
         task = asyncio.create_task(announcing, name="promptmill-announce")
         stack.push_async_callback(_end, task)
         watchdog = Watchdog(llm, pipeline, timeout_s=settings.engine_timeout_s)
@@ -340,7 +340,11 @@ def _listen(stack: AsyncExitStack, redis: Redis, llm: EnhancedAsyncLLM, leases: 
 
 
 async def _announce(
-    redis: Redis, name: str, model: str, pipeline: Pipeline, observation: Observation
+    redis: Redis,
+    name: str,
+    models: Sequence[str],
+    pipeline: Pipeline,
+    observation: Observation,
 ) -> None:
     """Say every few seconds that this worker lives, what it serves and what it holds."""
     started = datetime.now(UTC).isoformat()
@@ -348,7 +352,7 @@ async def _announce(
         heed_cancellation()
         state = {
             "v": names.WIRE_VERSION,
-            "models": [model],
+            "models": list(models),
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "device": device_here(),
@@ -359,7 +363,7 @@ async def _announce(
             **await observation.state(),
         }
         try:
-            await registry.announce(redis, [model])
+            await registry.announce(redis, models)
             await shine(redis, name, state)
         except BrokerUnavailableError as exc:
             _log.warning("waiting for Redis", reason=str(exc))

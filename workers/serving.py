@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from schema.errors import ConfigurationError
+from schema.names import is_name
 from workers.endpoints import BUNDLED, served_name
 from workers.otlp import vllm_otlp
 from workers.pinning import built_for_cpu, flag_value
@@ -33,6 +34,12 @@ class ServedModel:
     name: str  # jobs ask for it by this name; names the queue
     path: str  # folder or name on the model hub
     engine_args: tuple[str, ...] = ()  # of vLLM's command line, without the two above
+    adapters: tuple[str, ...] = ()  # LoRA modules of the command line, by name; a queue each
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What jobs may ask for."""
+        return (self.name, *self.adapters)
 
 
 def served_model(settings: Settings, *, engine_args: Sequence[str] = ()) -> ServedModel:
@@ -43,19 +50,50 @@ def served_model(settings: Settings, *, engine_args: Sequence[str] = ()) -> Serv
         engine_args: Further arguments of vLLM's command line.
 
     Raises:
-        ConfigurationError: The name cannot be used, or the bundled model is not installed.
+        ConfigurationError: A name cannot be used, or the bundled model is not installed.
     """
     name = served_name(settings)
     if settings.model is not None and name is not None:
         words = (*_cpu_arguments(engine_args), *engine_args)
-        return ServedModel(name=name, path=settings.model, engine_args=words)
+        adapters = _adapters(words, name)
+        return ServedModel(name=name, path=settings.model, engine_args=words, adapters=adapters)
     from workers.bundled import bundled_model
 
+    name = name or BUNDLED
     return ServedModel(
-        name=name or BUNDLED,
+        name=name,
         path=str(bundled_model(settings.cache_dir)),
         engine_args=(*_BUNDLED_ARGUMENTS, *_cpu_arguments(engine_args), *engine_args),
+        adapters=_adapters(engine_args, name),
     )
+
+
+def _adapters(words: Sequence[str], model: str) -> tuple[str, ...]:
+    """Return the names that ``--lora-modules`` gives: ``name=path``, or a JSON object, each."""
+    flag, _, value = "", "", ""
+    modules: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            word = value  # noqa: PLW2901  what is left of it
+        if flag.replace("_", "-") == "--lora-modules" and word:
+            modules.append(word)
+    names = tuple(map(_adapter_name, modules))
+    for name in names:
+        if not is_name(name) or name == model or names.count(name) > 1:
+            msg = f"--lora-modules: {name!r} cannot name a model of its own; give a short new name"
+            raise ConfigurationError(msg)
+    return names
+
+
+def _adapter_name(module: str) -> str:
+    if not module.startswith("{"):
+        return module.partition("=")[0]
+    try:
+        return str(json.loads(module)["name"])
+    except (ValueError, KeyError) as exc:
+        msg = f"--lora-modules: {module} is not JSON with a name and a path"
+        raise ConfigurationError(msg) from exc
 
 
 def engine_words(arguments: Mapping[str, Any]) -> tuple[str, ...]:
@@ -73,7 +111,8 @@ def engine_words(arguments: Mapping[str, Any]) -> tuple[str, ...]:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
-            words += [f"--{flag}", *map(str, value)]
+            each = (json.dumps(one) if isinstance(one, Mapping) else str(one) for one in value)
+            words += [f"--{flag}", *each]
         elif isinstance(value, Mapping):
             words += [f"--{flag}", json.dumps(value)]
         else:

@@ -89,6 +89,7 @@ def test_a_repeat_gets_the_same_answer_under_its_own_name() -> None:
     "other",
     [
         {"namespace": "other"},
+        {"model": "an adapter of it"},
         {"options": {"reuse": "off"}},
         {"options": {"reuse": "always"}},
         {"options": {"stream": True}},

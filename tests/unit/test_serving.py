@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from schema.errors import ConfigurationError
 from workers import serving
 from workers.settings import load_settings
 
@@ -42,3 +43,35 @@ def test_the_bundled_model_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path:
     words = serving.served_model(load_settings(), engine_args=["--seed", "1"]).engine_args
     assert words[:2] == ("--max-model-len", "4096")
     assert words[-2:] == ("--seed", "1")
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ((), ()),
+        (("--lora-modules", "x=/a", "y=/b", "--seed", "1"), ("x", "y")),
+        (("--seed", "1", "--lora_modules=x=/a"), ("x",)),
+        (("--lora-modules", '{"name": "x", "path": "/a"}', "y=/b"), ("x", "y")),
+    ],
+)
+def test_adapters_are_served_under_names_of_their_own(
+    given: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    served = serving.served_model(load_settings(model="some/model"), engine_args=given)
+    assert served.adapters == names
+    assert served.names == ("some/model", *names)
+
+
+@pytest.mark.parametrize(
+    "module", ["some/model=/a", "a b=/a", '{"name": "x"', '{"path": "/a"}', "x=/a x=/b"]
+)
+def test_an_adapter_without_a_name_of_its_own_is_refused(module: str) -> None:
+    words = ["--lora-modules", *(module.split() if "x=" in module else [module])]
+    with pytest.raises(ConfigurationError, match="--lora-modules"):
+        serving.served_model(load_settings(model="some/model"), engine_args=words)
+
+
+def test_modules_of_a_file_are_words_that_vllm_reads() -> None:
+    modules = [{"name": "x", "path": "/a"}, "y=/b"]
+    words = serving.engine_words({"lora_modules": modules})
+    assert words == ("--lora-modules", '{"name": "x", "path": "/a"}', "y=/b")
