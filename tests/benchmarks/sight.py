@@ -3,14 +3,21 @@
     python -m tests.benchmarks.sight
 
 Each worker has an embedded stack of its own and the real engine. One exports nothing, and its vLLM
-keeps no statistics. The other is scraped three times as often as the configuration that is shipped
-asks for, keeps vLLM's statistics, and sends every span, vLLM's too, to a collector that throws them
-away; scraper and collector run on the same cores. Rounds alternate, and each pair of rounds gives
-one ratio, so that what the machine does meanwhile hits both sides.
+keeps no statistics: that is ``off``. The other keeps vLLM's statistics and is told of a collector,
+which throws spans away. It has two kinds of rounds: ``on``, in which every job is traced, vLLM's
+own spans too, and the worker is scraped three times as often as the configuration that is shipped
+asks for; and ``silent``, in which nobody scrapes and no submission was sampled. Scraper and
+collector run on the same cores. Rounds alternate, so that what the machine does meanwhile hits all
+sides.
 
-New jobs are answered by the model; these are what a deployment spends its time on. Jobs from the
-cache are so cheap that their own spans cost more than they do: with ``sampled`` every job is
-traced, with ``unsampled`` the submission was not sampled, as nearly all are where a sampler is set.
+New jobs are answered by the model; these are what a deployment spends its time on. How many are
+done in a second differs from round to round by more than the cost that is looked for, so the
+processor time of the worker's main process is compared as well: all that is done for metrics and
+traces is done there, and what it takes of cores that are all busy is missing elsewhere.
+
+Jobs from the cache are so cheap that their own spans cost more than they do: with ``sampled`` every
+job is traced, with ``unsampled`` the submission was not sampled, as nearly all are where a sampler
+is set.
 """
 
 from __future__ import annotations
@@ -21,8 +28,9 @@ import statistics
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,15 +77,23 @@ class Side:
     """What one way of running gave, round by round."""
 
     rates: list[float] = field(default_factory=list)  # jobs a second
-    worker_s: float = 0.0  # of the processor, by the worker's main process
-    all_s: float = 0.0  # by all parts
+    spent: Counter[str] = field(default_factory=Counter)  # seconds of the processor, by part
     jobs: int = 0
+
+    @property
+    def worker_us(self) -> float:
+        """Microseconds of the processor that a job takes in the worker's main process."""
+        return self.spent["worker"] / self.jobs * 1e6
+
+    @property
+    def all_us(self) -> float:
+        """The same of all parts together."""
+        return sum(self.spent.values()) / self.jobs * 1e6
 
     def add(self, spent: Spent, jobs: int) -> None:
         """Take in a round."""
         self.rates.append(jobs / spent.seconds)
-        self.worker_s += spent.by_part["worker"]
-        self.all_s += sum(spent.by_part.values())
+        self.spent.update(spent.by_part)
         self.jobs += jobs
 
 
@@ -114,19 +130,21 @@ async def _measure(size: Size) -> list[Figure]:
         # The silent side first: its client must find no tracer in this process.
         async with deployed(engine_args=words, **silent) as off:
             _trace(url, switch)
-            async with deployed(engine_args=_ARGUMENTS, otlp_endpoint=url) as on, _scraped(on):
-                new = await _new(off, on, size)
+            async with deployed(engine_args=_ARGUMENTS, otlp_endpoint=url) as on:
+                new = await _new(off, on, switch, size)
                 cached = await _cached(off, on, switch, size)
     return [*_compared("new", new, at_most=2.0), *_compared("cached", cached, at_most=None)]
 
 
-async def _new(off: Deployed, on: Deployed, size: Size) -> dict[str, Side]:
-    questions, sides = chat_rows.questions(), {"off": Side(), "on": Side()}
-    systems = {"off": off, "on": on}
+async def _new(off: Deployed, on: Deployed, switch: Switch, size: Size) -> dict[str, Side]:
+    questions, sides = chat_rows.questions(), {"off": Side(), "silent": Side(), "on": Side()}
     for number in range(-1, size.rounds):
         for name in _turn(tuple(sides), number):
             asked = [_new_job(next(questions)) for _ in range(size.new)]
-            spent = await _round(systems[name], asked, f"new-{number}")
+            switch.on = name == "on"
+            system = off if name == "off" else on
+            async with _scraped(on) if name == "on" else nullcontext():
+                spent = await _round(system, asked, f"{name}-new-{number}")
             if number >= 0:  # the one before is to warm up
                 sides[name].add(spent, len(asked))
     return sides
@@ -143,7 +161,8 @@ async def _cached(off: Deployed, on: Deployed, switch: Switch, size: Size) -> di
         for name in _turn(tuple(sides), number):
             switch.on = name == "sampled"
             system = off if name == "off" else on
-            spent = await _round(system, jobs, f"{name}-{number}")
+            async with _scraped(on) if name != "off" else nullcontext():
+                spent = await _round(system, jobs, f"{name}-cached-{number}")
             if number >= 0:
                 sides[name].add(spent, len(jobs))
     return sides
@@ -171,36 +190,43 @@ def _turn(names: Sequence[str], number: int) -> Sequence[str]:
 
 
 def _compared(kind: str, sides: dict[str, Side], *, at_most: float | None) -> Iterator[Figure]:
-    off = sides.pop("off")
-    yield Figure(
-        name=f"{kind}.off_per_s", value=statistics.median(off.rates), unit="jobs/s",
-        comparison=f"{len(off.rates)} rounds, from {min(off.rates):.4g} to {max(off.rates):.4g}",
-    )  # fmt: skip
+    """Compare each side with the first, which has neither metrics nor tracing.
+
+    Args:
+        kind: Of jobs.
+        sides: By name.
+        at_most: Percent that the last side may take of all processor time.
+    """
+    off, *_, last = sides
     for name, side in sides.items():
-        costs = [100 * (1 - a / b) for a, b in zip(side.rates, off.rates, strict=True)]
+        yield Figure(
+            name=f"{kind}.{name}_per_s",
+            value=statistics.median(side.rates),
+            unit="jobs/s",
+            comparison=f"{len(side.rates)} rounds, {min(side.rates):.4g} to {max(side.rates):.4g}",
+        )
+        yield Figure(
+            name=f"{kind}.{name}_processor_us",
+            value=side.worker_us,
+            unit="µs",
+            comparison=f"a job, in the worker's main process; in all parts {side.all_us:,.0f}",
+        )
+    base = sides.pop(off)
+    for name, side in sides.items():
+        costs = [100 * (1 - a / b) for a, b in zip(side.rates, base.rates, strict=True)]
         low, _, high = statistics.quantiles(costs, n=4)
         yield Figure(
-            name=f"{kind}.{name}_per_s", value=statistics.median(side.rates), unit="jobs/s"
+            name=f"{kind}.{name}_slower_percent",
+            value=statistics.median(costs),
+            unit="%",
+            comparison=f"than {off}; half of the pairs of rounds from {low:.1f} to {high:.1f}",
         )
         yield Figure(
             name=f"{kind}.{name}_cost_percent",
-            value=statistics.median(costs),
+            value=100 * (side.worker_us - base.worker_us) / base.all_us,
             unit="%",
-            at_most=at_most,
-            comparison=f"of throughput; half of the rounds from {low:.1f} to {high:.1f}",
-        )
-        more_us = (side.worker_s / side.jobs - off.worker_s / off.jobs) * 1e6
-        yield Figure(
-            name=f"{kind}.{name}_worker_us_per_job",
-            value=more_us,
-            unit="µs",
-            comparison="more of the processor, in the worker's main process",
-        )
-        yield Figure(
-            name=f"{kind}.{name}_worker_share_percent",
-            value=100 * more_us / (off.all_s / off.jobs * 1e6),
-            unit="%",
-            comparison=f"of the {off.all_s / off.jobs * 1e3:.4g} ms that all parts spend on a job",
+            at_most=at_most if name == last else None,
+            comparison="more processor time in the worker, of all that a job takes",
         )
 
 
@@ -240,7 +266,6 @@ async def _scraped(system: Deployed) -> AsyncIterator[None]:
             await asyncio.to_thread(scrape)
             await asyncio.sleep(_SCRAPE_S)
 
-    scrape()
     task = asyncio.create_task(scraping(), name="scraping")
     try:
         yield
