@@ -8,7 +8,7 @@ which throws spans away. It has two kinds of rounds: ``on``, in which every job 
 own spans too, and the worker is scraped three times as often as the configuration that is shipped
 asks for; and ``silent``, in which nobody scrapes and no submission was sampled. Scraper and
 collector run on the same cores. Rounds alternate, so that what the machine does meanwhile hits all
-sides.
+sides. Jobs are counted on every side, as ``promptmill top`` shows them without any exporter.
 
 New jobs are answered by the model; these are what a deployment spends its time on. How many are
 done in a second differs from round to round by more than the cost that is looked for, so the
