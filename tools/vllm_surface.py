@@ -37,6 +37,7 @@ CLASSES = (
     ("vllm.config.cache", "CacheConfig"),
     ("vllm.config.speculative", "SpeculativeConfig"),
     ("vllm.config.model", "ModelConfig"),
+    ("vllm.config.multimodal", "MultiModalConfig"),
 )
 
 #: Functions that the engine calls or overrides, whose arguments therefore count.

@@ -16,7 +16,7 @@ import pytest
 import vllm
 from packaging.requirements import Requirement
 from vllm import PoolingParams, SamplingParams
-from vllm.config import CacheConfig, ModelConfig, VllmConfig
+from vllm.config import CacheConfig, ModelConfig, MultiModalConfig, VllmConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
@@ -191,7 +191,8 @@ RELIED_ON: dict[Any, set[str]] = {
         "speculative_config",
         "structured_outputs_config",
     },
-    CacheConfig: {"cache_dtype"},
+    CacheConfig: {"cache_dtype", "enable_prefix_caching"},
+    MultiModalConfig: {"mm_processor_cache_gb"},
     SpeculativeConfig: {"model"},
     ModelConfig: {
         "dtype",
@@ -199,6 +200,7 @@ RELIED_ON: dict[Any, set[str]] = {
         "logits_processors",
         "max_model_len",
         "model",
+        "multimodal_config",
         "quantization",
         "revision",
         "runner_type",

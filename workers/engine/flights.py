@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 from uuid import uuid4
 
 from vllm import SamplingParams
@@ -85,6 +86,7 @@ class Flights:
         else:
             delivery.coalesced = True
             self._stats.coalesced += 1
+            _hurry(flight.notes.call, planned.call.get("priority") or 0)
         delivery.flight = flight
         flight.notes.engine_stores |= not scope.deferred
         flight.notes.analyse_answer |= scope.analyse_answer
@@ -159,6 +161,7 @@ class Flights:
             gone=gone,
             streams=planned.streams,
         )
+        flight.notes.call = call
         self._by_name[name] = flight
         return flight
 
@@ -225,6 +228,15 @@ class Flights:
         self._stats.took(notes.seconds)
         if notes.engine_stores or notes.late:
             await self._durable.keep(notes, planned, scope)
+
+
+def _hurry(call: dict[str, Any], priority: int) -> None:
+    """Give a flight its most urgent reader's priority, as long as vLLM has not been asked.
+
+    After that there is no way to change it: vLLM takes a priority with the request alone.
+    """
+    if priority < (call.get("priority") or 0):
+        call["priority"] = priority
 
 
 def _complete(notes: FlightNotes) -> StoredAnswer:

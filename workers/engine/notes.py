@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 from schema.jobs import Provenance
 from workers.engine.enrichment import EnrichmentRun
@@ -24,6 +25,8 @@ class Reused:
 class FlightNotes:
     """Of one flight; filled in as it goes."""
 
+    #: What vLLM is asked with; it may be changed until then.
+    call: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # stage to time
     errors: dict[str, str] = field(default_factory=dict)  # part to reason
     #: Set once the store has been asked; the enrichment, if any, has been started by then.

@@ -166,6 +166,8 @@ class Planner:
         reason = (
             "no request scope" if scope is None else why_not_reusable(params, scope, self._features)
         )
+        if rendered.get("type") == "multimodal" and not self._media_are_hashed():
+            reason = reason or "with both of its media caches off, vLLM takes no hash of media"
         if parts is None:
             reason = reason or f"a prompt of type {rendered.get('type')!r} has no exact identity"
         if reason is not None or parts is None or scope is None:
@@ -221,6 +223,16 @@ class Planner:
             (rendered,) = await renderer.render_cmpl_async([parsed], params)
         result: dict[str, Any] = rendered
         return result
+
+    def _media_are_hashed(self) -> bool:
+        """Whether vLLM names media by content.
+
+        With neither of its caches on, it numbers them by request instead, from one again with
+        every start: two pictures would share a name.
+        """
+        media = self._llm.model_config.multimodal_config
+        caches = self._llm.vllm_config.cache_config
+        return media is None or bool(media.mm_processor_cache_gb or caches.enable_prefix_caching)
 
     def _digest(self, params: Params) -> bytes:
         try:

@@ -1,0 +1,101 @@
+"""Who joins a flight, and what vLLM is asked for on behalf of all."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from tests.unit.engine_parts import MemoryStore, Native, output, piece
+from workers.cache.memory import MemoryCache
+from workers.engine.breaker import Breaker
+from workers.engine.config import Features, HandlerConfig
+from workers.engine.durable import DurableTier
+from workers.engine.enrichment import Enrichers
+from workers.engine.flights import Flights
+from workers.engine.plan import RequestPlan
+from workers.engine.protocols import StoredAnswer
+from workers.engine.scope import RequestScope
+from workers.engine.side_tasks import SideTasks
+from workers.engine.stats import EngineStats
+
+CONFIG = HandlerConfig(features=Features(nlp=False, similarity=False, plugins=False))
+
+
+class Waiting(MemoryStore):
+    """A store that is asked and has not answered yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = asyncio.Event()
+
+    async def get(self, namespace: str, fingerprint: bytes) -> StoredAnswer | None:
+        await self.free.wait()
+        return await super().get(namespace, fingerprint)
+
+
+class Airport:
+    """Flights over a store and an engine that a test drives."""
+
+    def __init__(self) -> None:
+        self.store, self.native, self.asked = Waiting(), Native(), list[Any]()
+        memory, stats, tasks = (
+            MemoryCache(entries=9, max_bytes=99_999, ttl_s=9),
+            EngineStats(),
+            SideTasks(),
+        )
+        self.flights = Flights(
+            config=CONFIG,
+            enrichers=Enrichers(CONFIG),
+            memory=memory,
+            durable=DurableTier(
+                store=self.store,
+                wait_s=0,
+                memory=memory,
+                breaker=Breaker("store"),
+                stats=stats,
+                tasks=tasks,
+            ),
+            stats=stats,
+            tasks=tasks,
+            engine=b"e",
+            model="m",
+            add=self.add,
+            abort=self.native.abort,
+        )
+
+    async def add(self, **call: Any) -> Any:
+        self.asked.append(call)
+        return self.native.collector
+
+    def board(self, request_id: str, priority: int | None) -> Any:
+        params = SamplingParams(temperature=0.0, output_kind=RequestOutputKind.DELTA)
+        call = {"request_id": request_id, "prompt": "p", "params": params}
+        if priority is not None:
+            call["priority"] = priority
+        delivery: Any = SimpleNamespace(scope=RequestScope(), request_id=request_id, flight=None)
+        self.flights.board(RequestPlan(call=call, key=b"k"), delivery)
+        return delivery.flight
+
+
+@pytest.mark.parametrize(
+    ("priorities", "asked"),
+    [((5, -3, 9), -3), ((None, 4), None), ((None, -1), -1), ((2, None), 0), ((0, 1), 0)],
+)
+async def test_a_flight_is_as_urgent_as_its_most_urgent_reader(
+    priorities: tuple[int | None, ...], asked: int | None
+) -> None:
+    airport = Airport()
+    flights = {airport.board(f"r{at}", each) for at, each in enumerate(priorities)}
+    assert len(flights) == 1
+    airport.store.free.set()
+    (flight,) = flights
+    await flight.ready()
+    airport.board("late", -100)  # vLLM has been asked: there is no way to tell it
+    airport.native.collector.put(output(piece("a", [1], end="stop"), finished=True))
+    await flight.ended()
+    assert [call.get("priority") for call in airport.asked] == [asked]
