@@ -1,8 +1,9 @@
 """Log lines: ours, Celery's and vLLM's in one form, to standard error.
 
 A line that belongs to a job bears its id and that of its trace. Passwords inside addresses are
-masked. Tracebacks show frames, never the values of variables, which could be prompts; pydantic's
-errors are told without their input for the same reason.
+masked. An equal warning is written once a minute: while a server is down, whatever waits for it
+says so every second. Tracebacks show frames, never the values of variables, which could be
+prompts; pydantic's errors are told without their input for the same reason.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
 import traceback
-from collections.abc import MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
@@ -25,6 +28,11 @@ _CREDENTIALS = re.compile(r"(\w+://)[^/\s@]*@")
 _OWN_HANDLERS = ("vllm", "celery", "py.warnings")
 
 _Event = MutableMapping[str, Any]
+
+#: Seconds between two equal warnings.
+_AGAIN_S = 60.0
+#: Warnings remembered; more at a time are few of a kind.
+_REMEMBERED = 256
 
 
 def configure(*, level: str, form: Literal["console", "json"]) -> None:
@@ -47,6 +55,7 @@ def configure(*, level: str, form: Literal["console", "json"]) -> None:
             structlog.stdlib.filter_by_level,
             structlog.stdlib.PositionalArgumentsFormatter(),
             *chain,
+            OnceAMinute(),
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -66,6 +75,38 @@ def configure(*, level: str, form: Literal["console", "json"]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+
+
+class OnceAMinute:
+    """Drops a warning that is equal to one of the last minute; the next says how many were dropped.
+
+    Equal means in all it says: one that names a job is another for the next job.
+
+    Args:
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: OrderedDict[tuple[Any, ...], tuple[float, int]] = OrderedDict()
+
+    def __call__(self, _logger: Any, _method: str, event: _Event) -> _Event:
+        """Return the event, or raise `structlog.DropEvent`."""
+        if event.get("level") != "warning":
+            return event
+        said = tuple(sorted((key, str(event[key])) for key in event if key != "timestamp"))
+        now = self._clock()
+        written_at, dropped = self._seen.get(said, (float("-inf"), 0))
+        if now - written_at < _AGAIN_S:
+            self._seen[said] = (written_at, dropped + 1)
+            raise structlog.DropEvent
+        self._seen[said] = (now, 0)
+        self._seen.move_to_end(said)
+        if len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+        if dropped:
+            event["repeated"] = dropped
+        return event
 
 
 def adopt_libraries() -> None:
