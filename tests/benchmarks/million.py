@@ -2,7 +2,7 @@
 
 The vectors are made up, since embedding a million prompts would take hours: points around random
 centres, in four namespaces. Rows are copied in and the index is built afterwards, which takes some
-minutes and 4 GB of memory, so `make bench` leaves it out.
+minutes and 4 GB of memory, so `make bench` leaves it out; ``BENCHMARKS_KEPT=FOLDER`` does it once.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import numpy as np
 import psycopg
 
 from schema.tables import EMBEDDER
 from tests.benchmarks.figures import Figure, alone
-from tests.benchmarks.shelf import SCOPE, Vectors, empty_database
+from tests.benchmarks.shelf import SCOPE, Vectors, kept_database
 from tests.benchmarks.similarity import NEIGHBOURS, p
 from workers.store.answers import PostgresAnswers
 from workers.store.database import Database
@@ -49,18 +49,25 @@ def points(count: int, *, seed: int) -> Vectors:
     return found
 
 
-def fill(database_url: str, vectors: Vectors, owners: Any) -> list[UUID]:
+def made_up_ids(count: int) -> list[UUID]:
+    """Return ids as random as real ones are, the same each time.
+
+    Args:
+        count: How many.
+    """
+    made = np.random.default_rng(4).bytes(16 * count)
+    return [UUID(bytes=made[at : at + 16], version=4) for at in range(0, len(made), 16)]
+
+
+def fill(database_url: str, ids: list[UUID], vectors: Vectors, owners: Any) -> None:
     """Copy rows in, and build the index over them.
 
     Args:
         database_url: Of an empty, migrated database.
+        ids: Of the answers.
         vectors: Shape [answers, dimensions].
         owners: Namespace of each.
-
-    Returns:
-        The ids of the answers, in order.
     """
-    ids = [uuid4() for _ in vectors]
     address = database_url.replace("+psycopg", "", 1)  # that is SQLAlchemy's word
     with psycopg.connect(address, autocommit=True) as connection:
         (index,) = connection.execute(
@@ -77,8 +84,7 @@ def fill(database_url: str, vectors: Vectors, owners: Any) -> list[UUID]:
         print("building the index…", file=sys.stderr)
         connection.execute("SET maintenance_work_mem = '3GB'")
         connection.execute(index)
-        connection.execute("ANALYZE answers, embeddings")
-    return ids
+        connection.execute("VACUUM ANALYZE answers, embeddings")
 
 
 _ANSWER_COLUMNS = "id, namespace, fingerprint, engine, model, scope, prompt, outputs, digest"
@@ -165,9 +171,12 @@ def sized(answers: int) -> list[Figure]:
     vectors = points(answers, seed=1)
     choice = np.random.default_rng(3).choice
     owners = choice(list(NAMESPACES), size=answers, p=list(NAMESPACES.values()))
-    with empty_database() as database_url:
-        ids = fill(database_url, vectors, owners)
-        took, recall = asyncio.run(look_ups(database_url, ids, vectors, owners))
+    ids = made_up_ids(answers)
+    with kept_database(f"million-{answers}") as kept:
+        if not kept.filled:
+            fill(kept.database_url, ids, vectors, owners)
+            kept.is_filled()
+        took, recall = asyncio.run(look_ups(kept.database_url, ids, vectors, owners))
     everywhere = [one for times in took.values() for one in times]
     return [
         Figure(name="made_up_vectors", value=answers),

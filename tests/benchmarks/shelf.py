@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,14 +149,78 @@ def _model() -> Any:
 @contextmanager
 def empty_database() -> Iterator[str]:
     """Start the embedded stack in a folder that is thrown away; yield the database's address."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)  # the servers may run as another user
-        stack = local.start(Path(folder) / "data")
-        try:
-            schema_upgrade.upgrade(stack.database_url)
-            yield stack.database_url
-        finally:
-            stack.close(wait_s=30)
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        _stack_in(Path(folder)) as database_url,
+    ):
+        yield database_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A database that may have been filled by an earlier run."""
+
+    database_url: str
+    folder: Path  # for what belongs to it
+
+    @property
+    def filled(self) -> bool:
+        """Whether all that is measured is in it."""
+        return (self.folder / "filled").exists()
+
+    def is_filled(self) -> None:
+        """Say so, for this run and for those to come."""
+        (self.folder / "filled").touch()
+
+    def array(self, name: str, make: Callable[[], Vectors]) -> Vectors:
+        """Return what an earlier run computed, or compute it.
+
+        Args:
+            name: Of the file.
+            make: Takes minutes.
+        """
+        file = self.folder / f"{name}.npy"
+        if not file.exists():
+            np.save(file, make())
+        found: Vectors = np.load(file)
+        return found
+
+
+@contextmanager
+def kept_database(name: str) -> Iterator[Kept]:
+    """Start the embedded stack in a folder that is thrown away, or in one that is kept.
+
+    To fill a large database takes far longer than to measure it. Where the environment names a
+    folder in ``BENCHMARKS_KEPT``, it is filled there once, and later runs measure what is there.
+
+    Args:
+        name: Of what it is filled with.
+    """
+    keep = os.environ.get("BENCHMARKS_KEPT")
+    if keep is None:
+        with (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+            _stack_in(Path(folder)) as database_url,
+        ):
+            yield Kept(database_url=database_url, folder=Path(folder))
+        return
+    place = Path(keep) / name
+    if (place / "data").exists() and not (place / "filled").exists():
+        sys.exit(f"{place} was not filled to its end; remove it, and it is filled anew")
+    place.mkdir(parents=True, exist_ok=True)
+    with _stack_in(place) as database_url:
+        yield Kept(database_url=database_url, folder=place)
+
+
+@contextmanager
+def _stack_in(folder: Path) -> Iterator[str]:
+    folder.chmod(0o755)  # the servers may run as another user
+    stack = local.start(folder / "data")
+    try:
+        schema_upgrade.upgrade(stack.database_url)
+        yield stack.database_url
+    finally:
+        stack.close(wait_s=30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +263,19 @@ class Shelf:
             if start % 20_000 == 0 and start:
                 print(f"{start:,} of {len(texts):,} stored", file=sys.stderr)
         return ids
+
+    async def ids(self, namespace: str, texts: Sequence[str]) -> list[UUID]:
+        """Return the ids of answers that are stored already.
+
+        Args:
+            namespace: Tenant.
+            texts: Their prompts.
+        """
+        statement = text("SELECT prompt, id FROM answers WHERE namespace = :namespace")
+        async with self.database.connection() as connection:
+            rows = await connection.execute(statement, {"namespace": namespace})
+            known: dict[str, UUID] = dict(rows.tuples().all())
+        return [known[one] for one in texts]
 
     async def settle(self) -> None:
         """Do what autovacuum does within a minute; else the planner takes tables for empty."""

@@ -4,6 +4,8 @@ Look-ups among 100,000 answers with real vectors, under the filter by namespace 
 has, and how many find the true nearest; then guarded hits by meaning, embedding and analysis
 included. Prompts are made up from a dictionary, and embedded by the model that workers use; what is
 looked up are stored prompts in a few more words.
+
+To embed and store them takes ten minutes; ``BENCHMARKS_KEPT=FOLDER`` does it once.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from tests.benchmarks.figures import Figure, alone
 from tests.benchmarks.shelf import (
     ASKED_TWICE,
     SCOPE,
+    Kept,
     Shelf,
     Vectors,
     asked_otherwise,
     embedded,
-    empty_database,
+    kept_database,
     opened,
     prompts,
     words,
@@ -114,36 +117,41 @@ def pairs(count: int) -> list[tuple[str, str]]:
     ]
 
 
-async def measure(database_url: str, answers: int) -> list[Figure]:
+async def measure(kept: Kept, answers: int) -> list[Figure]:
     """Fill, look up, ask.
 
     Args:
-        database_url: Of an empty, migrated database.
-        answers: How many to store.
+        kept: A migrated database, empty or filled by an earlier run.
+        answers: How many are stored.
     """
     print(f"embedding {answers:,} prompts…", file=sys.stderr)
     texts = prompts(answers)
-    vectors = embedded(texts)
+    vectors = kept.array("vectors", lambda: embedded(texts))
     otherwise = asked_otherwise(answers)
     generator = np.random.default_rng(0)
     owner = generator.choice(list(SHARES), size=len(texts), p=list(SHARES.values()))
-    async with opened(database_url) as shelf:
+    twice = pairs(HITS)
+    async with opened(kept.database_url) as shelf:
         ids: dict[str, list[UUID]] = {}
         for namespace in SHARES:
             mine = np.flatnonzero(owner == namespace)
-            ids[namespace] = await shelf.fill(namespace, [texts[i] for i in mine], vectors[mine])
-        twice = pairs(HITS)
-        stored = [one for one, _ in twice]
-        await shelf.fill("hits", stored, embedded(stored), analysed=True)
-        await shelf.settle()
+            there = [texts[i] for i in mine]
+            if not kept.filled:
+                await shelf.fill(namespace, there, vectors[mine])
+            ids[namespace] = await shelf.ids(namespace, there)
+        if not kept.filled:
+            stored = [one for one, _ in twice]
+            await shelf.fill("hits", stored, embedded(stored), analysed=True)
+            await shelf.settle()
+            kept.is_filled()
         figures, everywhere = [], []
         for namespace in SHARES:
             places = np.flatnonzero(owner == namespace)
-            mine = vectors[places]
+            theirs = vectors[places]
             some = places[:: max(1, len(places) // LOOK_UPS)][:LOOK_UPS]
             asked = embedded([otherwise[place] for place in some])
-            await look_ups(shelf, namespace, ids[namespace], mine, asked[:20])  # warm
-            took, recall = await look_ups(shelf, namespace, ids[namespace], mine, asked)
+            await look_ups(shelf, namespace, ids[namespace], theirs, asked[:20])  # warm
+            took, recall = await look_ups(shelf, namespace, ids[namespace], theirs, asked)
             everywhere += took
             figures += [
                 Figure(name=f"look_up.{namespace}.p50_ms", value=p(took, 0.5) * 1e3, unit="ms"),
@@ -197,8 +205,8 @@ def sized(answers: int) -> list[Figure]:
     Args:
         answers: How many are stored.
     """
-    with empty_database() as database_url:
-        return asyncio.run(measure(database_url, answers))
+    with kept_database(f"similarity-{answers}") as kept:
+        return asyncio.run(measure(kept, answers))
 
 
 if __name__ == "__main__":
