@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -22,6 +21,7 @@ from workers import logs, registry
 from workers.cancellation import heed_cancellation
 from workers.channel import ResultChannel
 from workers.connection import open_redis
+from workers.pauses import short_pauses
 from workers.pinning import device_here, spare_cores, worker_name
 from workers.queue_marks import oldest_live_message_at, shine
 from workers.sending import Sender
@@ -151,9 +151,7 @@ async def worker_runtime(
         watchdog = Watchdog(llm, pipeline, timeout_s=settings.engine_timeout_s)
         watchdog.start()
         stack.push_async_callback(watchdog.aclose)
-        # What was loaded stays: looking through it again and again would stop the loop for 30 ms.
-        gc.collect()
-        gc.freeze()
+        stack.enter_context(short_pauses())
         yield pipeline
 
 

@@ -15,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from workers.engine.flight import Flight, Stream
+from workers.engine.pace import Pace
 from workers.engine.protocols import (
     Analysis,
     Decision,
@@ -107,6 +108,7 @@ class Native:
             look_up=look_up,
             start=self.start,
             abort=self.abort,
+            turn=Pace().turn,
             landed=self.landed.append,
             gone=self.gone.append,
             streams=True,

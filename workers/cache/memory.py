@@ -38,9 +38,10 @@ class MemoryCache:
     def __init__(self, *, entries: int, max_bytes: int, ttl_s: float) -> None:
         # One bound for both: an answer counts at least as much as its share of the entries.
         least = max_bytes / entries if entries else float("inf")
-        self._answers: TTLCache[tuple[str, bytes], StoredAnswer] = TTLCache(
+        self._empty: Callable[[], TTLCache[tuple[str, bytes], StoredAnswer]] = lambda: TTLCache(
             maxsize=max_bytes, ttl=ttl_s, getsizeof=lambda answer: max(_bytes_of(answer), least)
         )
+        self._answers = self._empty()
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -103,17 +104,23 @@ class MemoryCache:
         Returns:
             How many were dropped.
         """
+        doomed = [key for key in self._answers if namespace is None or key[0] == namespace]
+        if answer_ids or tag is not None or model is not None:
 
-        def meets(answer: StoredAnswer) -> bool:
-            conditions: list[Callable[[], bool]] = [
-                lambda: namespace is None or answer.namespace == namespace,
-                lambda: not answer_ids or answer.id in answer_ids,
-                lambda: tag is None or tag in answer.tags,
-                lambda: model is None or answer.model == model,
-            ]
-            return all(condition() for condition in conditions)
+            def meets(key: tuple[str, bytes]) -> bool:
+                answer = self._answers.get(key)  # None when its time has just ended
+                return (
+                    answer is not None
+                    and (not answer_ids or answer.id in answer_ids)
+                    and (tag is None or tag in answer.tags)
+                    and (model is None or answer.model == model)
+                )
 
-        doomed = [key for key, answer in list(self._answers.items()) if meets(answer)]
-        for key in doomed:
-            self._answers.pop(key, None)
+            doomed = [key for key in doomed if meets(key)]
+        if len(doomed) == len(self._answers):
+            # One by one, a full tier would stop the event loop for a tenth of a second.
+            self._answers = self._empty()
+        else:
+            for key in doomed:
+                self._answers.pop(key, None)
         return len(doomed)

@@ -212,6 +212,7 @@ class Flight:
         look_up: Fills the stream from the store and returns True, or returns False.
         start: Starts the generation; `AsyncLLM.add_request` with its arguments.
         abort: Aborts a generation by vLLM's internal request id.
+        turn: Waits for a turn of the loop that has time for one more start or end.
         landed: Called once with the flight when its generation is whole.
         gone: Called once when the flight has ended in whatever way; nobody can join it then.
         streams: Whether its outputs come as deltas while it grows.
@@ -223,6 +224,7 @@ class Flight:
         look_up: Callable[[Stream], Awaitable[bool]],
         start: Callable[[], Awaitable[RequestOutputCollector]],
         abort: Callable[[str], Awaitable[None]],
+        turn: Callable[[], Awaitable[None]],
         landed: Callable[[Flight], None],
         gone: Callable[[Flight], None],
         streams: bool,
@@ -236,6 +238,7 @@ class Flight:
         self._look_up = look_up
         self._start = start
         self._abort = abort
+        self._turn = turn
         self._landed = landed
         self._on_gone = gone
         self._ready = asyncio.Event()
@@ -285,6 +288,7 @@ class Flight:
             if await self._look_up(stream):
                 self.replayed = True
             else:
+                await self._turn()
                 starting = asyncio.ensure_future(self._start())
                 self.native = await asyncio.shield(starting)
                 self._ready.set()
@@ -311,6 +315,8 @@ class Flight:
         stream = self.stream
         while not stream.finished:
             output = native.get_nowait() or await native.get()
+            if output.finished:
+                await self._turn()
             if isinstance(output, PoolingRequestOutput):
                 stream.pooled = output
             else:

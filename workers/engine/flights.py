@@ -19,6 +19,7 @@ from workers.engine.durable import DurableTier
 from workers.engine.enrichment import Enrichers, EnrichmentRun
 from workers.engine.flight import Flight, Reader, Stream
 from workers.engine.notes import FlightNotes
+from workers.engine.pace import Pace
 from workers.engine.plan import RequestPlan
 from workers.engine.protocols import StoredAnswer
 from workers.engine.replay import NotStorableError, with_outputs
@@ -37,6 +38,7 @@ class Flights:
         durable: The tier behind it.
         stats: Counts.
         tasks: Owner of what runs after a generation.
+        pace: Of what starts or ends at the same moment.
         engine: Digest of the engine's identity.
         model: Name under which the model is served.
         add: `AsyncLLM.add_request`.
@@ -52,6 +54,7 @@ class Flights:
         durable: DurableTier,
         stats: EngineStats,
         tasks: SideTasks,
+        pace: Pace,
         engine: bytes,
         model: str,
         add: Callable[..., Awaitable[RequestOutputCollector]],
@@ -63,6 +66,7 @@ class Flights:
         self._durable = durable
         self._stats = stats
         self._tasks = tasks
+        self._pace = pace
         self._engine = engine
         self._model = model
         self._add = add
@@ -157,6 +161,7 @@ class Flights:
             look_up=look_up,
             start=lambda: self._add(**call),
             abort=lambda native_id: self._abort(native_id, internal=True),
+            turn=self._pace.turn,
             landed=lambda ended: self._landed(ended, planned, scope, started),
             gone=gone,
             streams=planned.streams,

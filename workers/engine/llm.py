@@ -35,6 +35,7 @@ from workers.engine.flight import Flight, NativeSource, Reader, Source
 from workers.engine.flights import Flights
 from workers.engine.identity import engine_digest
 from workers.engine.notes import Reused
+from workers.engine.pace import Pace
 from workers.engine.parts import Parts, complete, default_parts
 from workers.engine.plan import Planner, RequestPlan
 from workers.engine.processes import Processes
@@ -271,6 +272,7 @@ class EnhancedAsyncLLM(AsyncLLM):
         self._stats = EngineStats()
         self._processes = Processes()
         self._side_tasks = SideTasks()
+        self._pace = Pace()
         self._store_breaker = Breaker("store")
         self._readers: weakref.WeakValueDictionary[str, Reader] = weakref.WeakValueDictionary()
         self._durable = DurableTier(
@@ -288,6 +290,7 @@ class EnhancedAsyncLLM(AsyncLLM):
             durable=self._durable,
             stats=self._stats,
             tasks=self._side_tasks,
+            pace=self._pace,
             engine=self.identity,
             model=str(self.model_config.served_model_name),
             add=super().add_request,
@@ -319,6 +322,7 @@ class EnhancedAsyncLLM(AsyncLLM):
 
     async def _add_enhanced_request(self, call: dict[str, Any]) -> EnhancedRequestOutputCollector:
         started = time.perf_counter()
+        await self._pace.turn()
         config, scope = self.handler_config, current_scope()
         if scope is None and not config.require_scope:
             scope = RequestScope(namespace=config.namespace)

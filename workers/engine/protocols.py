@@ -7,18 +7,20 @@ The engine imports no database, no queue and no spaCy. `workers.cache`, `workers
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 from uuid import UUID
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 Vector = NDArray[np.float32]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Token:
+# Of these two the memory tier holds hundreds of thousands. They point at nothing that could point
+# back, and the collector, which stops the event loop while it looks, need not look at them.
+class Token(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One token as spaCy saw it; the guard's raw material."""
 
     text: str
@@ -31,8 +33,7 @@ class Token:
     start: int = 0  # first character in the text
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entity:
+class Entity(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A named entity."""
 
     text: str
@@ -62,7 +63,7 @@ class Analysis:
             "pipeline": self.pipeline,
             "language": self.language,
             "sentences": list(self.sentences),
-            "entities": [asdict(entity) for entity in self.entities],
+            "entities": [msgspec.structs.asdict(entity) for entity in self.entities],
             "noun_phrases": list(self.noun_phrases),
             "connectives": list(self.connectives),
             "clauses": list(self.clauses),
@@ -71,7 +72,8 @@ class Analysis:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON types, for the store."""
-        return {**self.public(), "text": self.text, "tokens": [asdict(t) for t in self.tokens]}
+        tokens = [msgspec.structs.asdict(token) for token in self.tokens]
+        return {**self.public(), "text": self.text, "tokens": tokens}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Analysis:

@@ -1,0 +1,80 @@
+"""What would stop the event loop: bursts, and the garbage collector."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+from workers.engine.pace import Pace
+from workers.engine.protocols import Entity, Token
+from workers.pauses import short_pauses
+
+
+class Work:
+    """Work of one millisecond by a clock of its own, and in which turn of the loop it was done."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.turn = 0
+        self.done: list[tuple[int, int]] = []  # turn, number
+
+    def tick(self) -> None:
+        self.turn += 1
+        self._ticking = asyncio.get_running_loop().call_soon(self.tick)
+
+    def stop(self) -> None:
+        self._ticking.cancel()
+
+    async def one(self, pace: Pace, number: int) -> None:
+        await pace.turn()
+        self.now += 0.001
+        self.done.append((self.turn, number))
+
+
+async def test_a_burst_takes_the_loop_in_portions() -> None:
+    work = Work()
+    pace = Pace(portion_s=0.004, clock=lambda: work.now)
+    work.tick()
+    await asyncio.gather(*(work.one(pace, number) for number in range(50)))
+    work.stop()
+    turns = [turn for turn, _ in work.done]
+    assert max(turns.count(turn) for turn in set(turns)) <= 6
+    assert [number for _, number in work.done] == list(range(50))  # in order
+
+
+async def test_a_few_wait_for_nothing() -> None:
+    work = Work()
+    pace = Pace(portion_s=0.004, clock=lambda: work.now)
+    work.tick()
+    await asyncio.gather(*(work.one(pace, number) for number in range(4)))
+    work.stop()
+    assert len({turn for turn, _ in work.done}) == 1
+
+
+async def test_whoever_gives_up_his_turn_holds_nobody_up() -> None:
+    work = Work()
+    pace = Pace(portion_s=0.0, clock=lambda: work.now)
+    tasks = [asyncio.create_task(work.one(pace, number)) for number in range(10)]
+    await asyncio.sleep(0)
+    for task in tasks[1:8]:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert [number for _, number in work.done] == [0, 8, 9]
+
+
+def test_what_survives_a_full_collection_is_not_looked_at_again() -> None:
+    thresholds, watching = gc.get_threshold(), len(gc.callbacks)
+    with short_pauses():
+        kept = [[number] for number in range(1000)]
+        assert any(one is kept for one in gc.get_objects())
+        gc.collect()
+        assert not any(one is kept for one in gc.get_objects())
+    assert (gc.get_threshold(), len(gc.callbacks)) == (thresholds, watching)
+    gc.unfreeze()
+
+
+def test_the_collector_passes_over_tokens() -> None:
+    """A full memory tier holds hundreds of thousands of them."""
+    token = Token(text="a", lemma="a", pos="X", tag="X", dep="x", head=0)
+    assert not gc.is_tracked(token)
+    assert not gc.is_tracked(Entity(text="a", label="X", start=0, end=1))
