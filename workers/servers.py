@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import quote
 
 from schema.errors import StackError
+from workers.hardware import memory_bytes
 from workers.privileges import die_with_parent
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ class Postgres(Server):
             "unix_socket_directories": '"{}"'.format(str(self._sockets).replace('"', '""')),
             "unix_socket_permissions": "0700",
             "max_connections": "200",
-            "shared_buffers": "128MB",
+            "shared_buffers": _shared_buffers(),
             "maintenance_work_mem": "256MB",
             "fsync": "on",
             "synchronous_commit": "on",
@@ -382,6 +383,14 @@ def _postgres_major(install: Path) -> int | None:
         return int(shown.split()[-1].split(".")[0])
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None
+
+
+def _shared_buffers() -> str:
+    """Return a sixteenth of the memory: a look-up walks a graph as large as all the vectors.
+
+    Most of the rest is for vLLM. What is never touched is never taken.
+    """
+    return f"{min(max(memory_bytes() // 2**20 // 16, 128), 4096)}MB"
 
 
 def _small_shared_memory() -> bool:
