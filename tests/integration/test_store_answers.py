@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+from sqlalchemy import text
 
 from schema.errors import InvalidRequestError
 from schema.tables import EMBEDDER
@@ -78,6 +79,28 @@ async def test_of_two_answers_to_one_request_the_first_stays(
     kept = await answer_store.get("default", b"f")
     await answer_store.put(answer("late", fingerprint=b"f"))
     assert await answer_store.get("default", b"f") == kept
+
+
+async def test_answers_put_at_once_share_transactions_and_not_their_fate(
+    database: Database, answer_store: PostgresAnswers
+) -> None:
+    """One that Postgres cannot hold is refused alone."""
+    several = [answer(f"{number}", fingerprint=bytes([number])) for number in range(20)]
+    several[7] = dataclasses.replace(several[7], prompt_tokens=2**40)
+    ends = await asyncio.gather(
+        *(answer_store.put(each) for each in several), return_exceptions=True
+    )
+    refused = [number for number, end in enumerate(ends) if end is not None]
+    assert refused == [7]
+    assert isinstance(ends[7], InvalidRequestError)
+    again = [answer(f"{number}", fingerprint=bytes([100 + number])) for number in range(20)]
+    await asyncio.gather(*(answer_store.put(each) for each in again))
+    async with database.connection() as connection:
+        statement = text(
+            "SELECT count(*), count(DISTINCT xmin::text) FROM answers WHERE id = ANY(:ids)"
+        )
+        found = await connection.execute(statement, {"ids": [each.id for each in again]})
+        assert tuple(found.one()) == (20, 1)
 
 
 async def test_an_answer_lives_by_postgres_clock_and_then_makes_way(

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from schema.errors import InvalidRequestError
 from workers.store import stored_json
 from workers.store.answer_json import answer_from
-from workers.store.answer_writes import put_answers
+from workers.store.answer_puts import AnswerPuts
 from workers.store.eviction import Eviction
 from workers.store.flight_marks import FlightMarks
 from workers.store.gathering import Gathering
@@ -177,6 +177,7 @@ class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
         super().__init__(database)
         self._sizes = Sizes()
         self._look_ups = Gathering(self._look_up, name="promptmill-look-ups")
+        self._puts = AnswerPuts(database)
 
     async def get(self, namespace: str, fingerprint: bytes) -> StoredAnswer | None:
         """Return the live answer to a request, with its analysis.
@@ -211,14 +212,16 @@ class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
     async def put(self, answer: StoredAnswer) -> None:
         """Store an answer with its analysis and vectors; a second put of one is harmless.
 
+        Answers that are put at the same time share a transaction.
+
         Args:
             answer: The answer. Its `expires_at` counts from its `created_at`.
 
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.
+            InvalidRequestError: Postgres cannot hold a value of this one.
         """
-        async with self._database.transaction() as connection:
-            await put_answers([answer], connection)
+        await self._puts.put(answer)
 
     async def nearest(
         self,
