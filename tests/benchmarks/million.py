@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +21,7 @@ from schema.tables import EMBEDDER
 from tests.benchmarks.figures import Figure, alone
 from tests.benchmarks.shelf import SCOPE, Vectors, kept_database
 from tests.benchmarks.similarity import NEIGHBOURS, p
+from workers.engine.protocols import Neighbour
 from workers.store.answers import PostgresAnswers
 from workers.store.database import Database
 
@@ -139,36 +140,36 @@ async def look_ups(
     Returns:
         Seconds of each look-up, and the share that found the true nearest, by namespace.
     """
-    warm = min(30, LOOK_UPS)  # asked first, and not counted
     database = Database(database_url)
     store = PostgresAnswers(database)
     took: dict[str, list[float]] = {}
     recall: dict[str, float] = {}
     try:
+        # A server that has just started reads every page from the file; asked once, uncounted.
+        for namespace in NAMESPACES:
+            for vector in asked_near(vectors[owners == namespace], 2 * LOOK_UPS):
+                await _nearest(store, namespace, vector)
         for namespace in NAMESPACES:
             mine = np.flatnonzero(owners == namespace)
             asked = asked_near(vectors[mine], LOOK_UPS)
             truth = asked @ vectors[mine].T
             times, found = [], 0
-            for number, vector in enumerate((*asked[:warm], *asked)):
+            for vector, row in zip(asked, truth, strict=True):
                 started = time.perf_counter()
-                near = await store.nearest(
-                    namespace=namespace,
-                    embedder=EMBEDDER,
-                    vector=vector,
-                    limit=NEIGHBOURS,
-                    scope=SCOPE,
-                )
-                if number < warm:
-                    continue
+                near = await _nearest(store, namespace, vector)
                 times.append(time.perf_counter() - started)
-                row = truth[number - warm]
                 right = {ids[mine[at]] for at in np.flatnonzero(row >= row.max() - 2e-3)}
                 found += bool(near) and near[0].answer_id in right
             took[namespace], recall[namespace] = times, found / LOOK_UPS
     finally:
         await database.aclose()
     return took, recall
+
+
+async def _nearest(store: PostgresAnswers, namespace: str, vector: Any) -> Sequence[Neighbour]:
+    return await store.nearest(
+        namespace=namespace, embedder=EMBEDDER, vector=vector, limit=NEIGHBOURS, scope=SCOPE
+    )
 
 
 def figures(*, quick: bool) -> list[Figure]:

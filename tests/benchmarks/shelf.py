@@ -309,9 +309,10 @@ async def opened(database_url: str) -> AsyncIterator[Shelf]:
         database_url: Address of the database.
     """
     config = SimilarityConfig(budget_s=300.0)
+    nlp = NlpConfig(budget_s=300.0, concurrency=_AT_A_TIME)
     database = Database(database_url, pool_timeout_s=300.0, statement_timeout_s=1800.0)
     store = PostgresAnswers(database)
-    analyser, embedder = SpacyAnalyser(NlpConfig(budget_s=300.0)), MiniLmEmbedder(config)
+    analyser, embedder = SpacyAnalyser(nlp), MiniLmEmbedder(config)
     try:
         await asyncio.gather(analyser.start(), embedder.start())
         similarity = Similarity(

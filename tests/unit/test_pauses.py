@@ -73,6 +73,25 @@ def test_what_survives_a_full_collection_is_not_looked_at_again() -> None:
     gc.unfreeze()
 
 
+def test_full_collections_come_before_there_is_much_to_look_at() -> None:
+    """However much there was when it began."""
+    there = [[number] for number in range(300_000)]
+    looks: list[int] = []
+
+    def count(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            looks.append(len(gc.get_objects()))
+
+    with short_pauses():
+        gc.callbacks.append(count)
+        kept = [[number] for number in range(60_000)]
+        gc.callbacks.remove(count)
+    gc.unfreeze()
+    assert looks
+    assert max(looks) < 60_000
+    assert len(there) + len(kept) == 360_000
+
+
 def test_the_collector_passes_over_tokens() -> None:
     """A full memory tier holds hundreds of thousands of them."""
     token = Token(text="a", lemma="a", pos="X", tag="X", dep="x", head=0)

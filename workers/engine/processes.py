@@ -16,12 +16,12 @@ _NAME_CHARS = 40
 
 
 class Processes:
-    """Looks at the processes, at most once a second."""
+    """Looks at the processes when it is made, and at most once a second afterwards."""
 
     def __init__(self) -> None:
         self._own = psutil.Process()
         self._looked_at = float("-inf")
-        self._last: dict[str, dict[str, Any]] = {}
+        self._last = self._look()
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """Return what each process uses, as JSON types, a moment ago.
@@ -30,9 +30,7 @@ class Processes:
             By name, ``self`` first: ``pid``, ``memory_bytes`` (resident; what processes share
             counts in each) and ``cpu_s`` (seconds of processor time since its start).
         """
-        if not self._last:
-            self._last = self._look()
-        elif time.monotonic() - self._looked_at >= _FRESH_S:
+        if time.monotonic() - self._looked_at >= _FRESH_S:
             self._looked_at = time.monotonic()
             # Finding the children reads every process of the machine, which an event loop that
             # asks for a snapshot must not wait for.
