@@ -50,17 +50,18 @@ def points(count: int, *, seed: int) -> Vectors:
     return found
 
 
-def asked_near(stored: Vectors, count: int) -> Vectors:
+def asked_near(stored: Vectors, count: int, *, seed: int) -> Vectors:
     """Return points near to stored ones, as a prompt in other words is to the prompt.
 
     Args:
         stored: Shape [answers, dimensions].
         count: How many.
+        seed: Of which, and of the noise.
 
     Returns:
         Shape [count, dimensions]; their cosine to what they were made of is about 0.91.
     """
-    noise = np.random.default_rng(2)
+    noise = np.random.default_rng(seed)
     found: Vectors = stored[noise.integers(len(stored), size=count)]
     away = noise.standard_normal((count, DIMENSIONS), dtype=np.float32)
     found = found + 0.45 / np.sqrt(DIMENSIONS, dtype=np.float32) * away
@@ -145,13 +146,13 @@ async def look_ups(
     took: dict[str, list[float]] = {}
     recall: dict[str, float] = {}
     try:
-        # A server that has just started reads every page from the file; asked once, uncounted.
+        # A server that has just started reads every page from its files: others are asked first.
         for namespace in NAMESPACES:
-            for vector in asked_near(vectors[owners == namespace], 2 * LOOK_UPS):
+            for vector in asked_near(vectors[owners == namespace], 2 * LOOK_UPS, seed=5):
                 await _nearest(store, namespace, vector)
         for namespace in NAMESPACES:
             mine = np.flatnonzero(owners == namespace)
-            asked = asked_near(vectors[mine], LOOK_UPS)
+            asked = asked_near(vectors[mine], LOOK_UPS, seed=2)
             truth = asked @ vectors[mine].T
             times, found = [], 0
             for vector, row in zip(asked, truth, strict=True):
