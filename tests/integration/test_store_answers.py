@@ -97,7 +97,7 @@ async def test_answers_put_at_once_share_transactions_and_not_their_fate(
     await asyncio.gather(*(answer_store.put(each) for each in again))
     async with database.connection() as connection:
         statement = text(
-            "SELECT count(*), count(DISTINCT xmin::text) FROM answers WHERE id = ANY(:ids)"
+            "SELECT count(*), count(DISTINCT CAST(xmin AS text)) FROM answers WHERE id = ANY(:ids)"
         )
         found = await connection.execute(statement, {"ids": [each.id for each in again]})
         assert tuple(found.one()) == (20, 1)
