@@ -225,3 +225,23 @@ def test_relations(one: str, other: str, near: bool, opposite: bool) -> None:
     assert lexicon.near(one, other) is near
     assert lexicon.opposite(one, other) is opposite
     assert lexicon.opposite(other, one) is opposite
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "akin"),
+    [
+        ("success", "successful", True),
+        ("program", "programming", True),
+        ("trainee", "training", False),
+        ("employer", "employee", False),
+        ("capital", "capitalism", False),
+        ("organ", "organism", False),
+        ("engine", "engineering", False),
+        ("policy", "police", False),
+        ("universe", "university", False),
+        ("moral", "immoral", False),
+    ],
+)
+def test_families_of_words(one: str, other: str, akin: bool) -> None:
+    lexicon = Lexicon.load()
+    assert lexicon.akin(one, other) is lexicon.akin(other, one) is akin

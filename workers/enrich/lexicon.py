@@ -48,8 +48,8 @@ _MIN_TYPO_LETTERS = 5
 #: A family of words has so many letters in common, at least.
 _MIN_FAMILY_LETTERS = 4
 
-#: Endings of those who do a thing, or to whom it is done.
-_DOERS = ("er", "or", "ee", "ist")
+#: Endings of those who do a thing or have it done to them, of beliefs and of trades.
+_APART = ("er", "or", "ee", "ist", "ism", "eering")
 
 
 class Lexicon:
@@ -134,10 +134,10 @@ class Lexicon:
         """Whether two base forms belong to one family: "success" and "successful".
 
         They begin alike and are both derived from one word that begins so. Those who do a thing
-        are not the thing: "trainee" and "training" are two.
+        are not the thing, nor is a belief: "trainee" and "training" are two.
         """
         stem = one[:_MIN_FAMILY_LETTERS]
-        if other[:_MIN_FAMILY_LETTERS] != stem or one.endswith(_DOERS) or other.endswith(_DOERS):
+        if other[:_MIN_FAMILY_LETTERS] != stem or one.endswith(_APART) or other.endswith(_APART):
             return False
         shared = self._cell(one, _NEAR) & self._cell(other, _NEAR)
         return any(word.startswith(stem) for word in shared) and not self.opposite(one, other)
