@@ -82,6 +82,9 @@ DIFFERENT = [
     # All, some, only
     ("quantifiers", "Some swans are white.", "All swans are white."),
     ("quantifiers", "Only members may vote.", "Members may vote."),
+    ("tense", "Who is the king of Spain?", "Who was the king of Spain?"),
+    ("modality", "Can I eat before surgery?", "Should I eat before surgery?"),
+    ("quantifiers", "Are all doctors rich?", "Are most doctors rich?"),
     # What may be and what has to be
     ("modality", "You can enter by the back door.", "You must enter by the back door."),
     # Substituted content

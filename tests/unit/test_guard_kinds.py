@@ -65,6 +65,7 @@ DIFFERENT = {
         Is {Sweden|Greece} in the union?
         How did {Anna Weber|Clara Weber} become famous?
         Does {Intel|Nvidia} pay well?
+        How do I sort a list in {C|C#}?
     """,
     "negation": """
         Which mammals {can|cannot} swim?
@@ -101,9 +102,30 @@ DIFFERENT = {
         What are the {best|worst} airlines?
         How do I {attach|detach} the trailer?
         Is coffee {healthy|unhealthy}?
+        How do I {teach|learn} chess?
+        How do I {lend|borrow} money?
+        What is the {cause|effect} of inflation?
         How do I {buy|sell} shares?
         Move the window {up|down}.
         How do I {mount|unmount} a disk?
+    """,
+    "quantifiers, modality and tense": """
+        Are {all|some} birds able to fly?
+        Are {all|most} doctors rich?
+        Do {only|even} members get in?
+        {All|Some} swans are white.
+        {Can|Should} I eat before surgery?
+        {May|Must} a pilot wear a beard?
+        You {can|must} enter by the back door.
+        Visitors {may|should} ring the bell.
+        Who {is|was} the king of Spain?
+        What {is|was} the fastest train?
+        Where {is|was} the treaty signed?
+        {Can|Must} employers pay in cash?
+        {Every|No} guest gets a key.
+        Do {many|few} people live there?
+        Give me {a|another} joke.
+        {Most|Few} students passed.
     """,
     "comparison": """
         Which city has {more|fewer} parks?

@@ -136,6 +136,7 @@ QUANTIFIERS = {
     **dict.fromkeys(("some", "several", "sometimes", "certain"), "some"),
     **dict.fromkeys(("many", "most", "often", "usually", "mostly"), "many"),
     **dict.fromkeys(("few", "rarely", "seldom", "little"), "few"),
+    "another": "another",
     **dict.fromkeys(("only", "solely", "exclusively"), "only"),
 }
 

@@ -32,6 +32,12 @@ _PARTS = {"NOUN": "n", "VERB": "v", "AUX": "v", "ADJ": "a", "ADV": "r"}
 
 _KIND, _NEAR, _OPPOSITE, _IRREGULAR = range(4)
 
+#: Converses, which WordNet holds for the same or for unrelated.
+_CONVERSE = frozenset(
+    frozenset(pair.split("/"))
+    for pair in ("teach/learn", "cause/effect", "lend/borrow", "buy/sell", "imply/infer")
+)
+
 #: Prefixes that turn a word into its opposite: install and uninstall, like and dislike.
 _REVERSING = ("un", "in", "im", "il", "ir", "dis", "non", "de", "mis", "anti")
 
@@ -145,6 +151,8 @@ class Lexicon:
     def _opposite(self, one: str, other: str) -> bool:
         """Whether two base forms are opposites, directly or by a prefix."""
         if other in self._cell(one, _OPPOSITE) or one in self._cell(other, _OPPOSITE):
+            return True
+        if frozenset((one, other)) in _CONVERSE:
             return True
         short, long = sorted((one, other), key=len)
         return len(short) > 2 and any(long == prefix + short for prefix in _REVERSING)

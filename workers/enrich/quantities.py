@@ -24,6 +24,9 @@ _PRICED = re.compile(
 
 _SIGNS = frozenset("+-*/<>=^%") | {"\u2212", "\u00d7", "\u00f7", "<=", ">=", "==", "!=", "**"}
 
+#: What makes another name of a letter, as in "C#".
+_SUFFIXES = frozenset({"#", "++"})
+
 _CURRENCIES = frozenset("$\u00a3\u00a5\u20ac\u20b9")
 
 #: Roman numerals from II to XXXIX; "I" alone is a pronoun.
@@ -63,13 +66,15 @@ def _value(numeral: str) -> int:
 
 
 def signs(tokens: Sequence[Token]) -> Iterator[str]:
-    """Yield the signs of sums and comparisons, as in "8 - 4" and "x < 3".
+    """Yield the signs of sums and comparisons, as in "8 - 4" and "x < 3", and that of "C#".
 
     Args:
         tokens: Of one text; a dash or a slash between words is none.
     """
-    for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
-        if token.text in _SIGNS and _is_operand(before) and _is_operand(after):
+    for at, token in enumerate(tokens):
+        before, after = tokens[max(0, at - 1)], tokens[min(at + 1, len(tokens) - 1)]
+        sums = token.text in _SIGNS and _is_operand(before) and _is_operand(after)
+        if sums or (token.text in _SUFFIXES and len(before.text) == 1 and before.text.isalpha()):
             yield token.text
 
 

@@ -30,6 +30,8 @@ _LENGTH = re.compile(
 #: Entities that are amounts or times: the numbers and dates say what matters of them.
 _AMOUNTS = frozenset({"CARDINAL", "DATE", "MONEY", "ORDINAL", "PERCENT", "QUANTITY", "TIME"})
 
+_TENSES = {"VBD": "past", "VBZ": "present", "VBP": "present"}
+
 _NO_ROLE = frozenset({"DET", "PUNCT", "AUX", "PART", "CCONJ", "SCONJ", "ADP"})
 
 #: Relations to a head, as the guard compares them; passive voice is turned round.
@@ -67,6 +69,8 @@ class Reading:
     language: str
     truncated: bool
     question: bool  # it asks, rather than states or orders
+    polar: bool  # it asks for yes or no
+    tense: str  # of "be" as main verb or in a passive: present or past
     numbers: Counter[str]
     dates: frozenset[str]  # months, weekdays, today and the like
     signs: tuple[str, ...]  # those of sums and comparisons, as they follow each other
@@ -118,6 +122,8 @@ def read(analysis: Analysis, lexicon: Lexicon) -> Reading:
         language=analysis.language,
         truncated=analysis.truncated,
         question=question,
+        polar=question and bool(tokens) and tokens[0].pos == "AUX",
+        tense=_tense(tokens, bases),
         numbers=Counter(quantities.numbers(tokens)),
         dates=quantities.dates([*lowers, *bases]),
         signs=tuple(quantities.signs(tokens)),
@@ -160,6 +166,13 @@ def _is_question(text: str, tokens: tuple[Token, ...]) -> bool:
         return True
     first = tokens[0] if tokens else None
     return first is not None and (first.tag in {"WP", "WRB", "WDT", "WP$", "MD"})
+
+
+def _tense(tokens: tuple[Token, ...], bases: list[str]) -> str:
+    for token, base in zip(tokens, bases, strict=True):
+        if base == "be" and token.dep in {"ROOT", "auxpass"} and token.tag in _TENSES:
+            return _TENSES[token.tag]
+    return ""
 
 
 def _carries_content(base: str, token: Token) -> bool:

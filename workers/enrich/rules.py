@@ -102,6 +102,13 @@ def question(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
     return None
 
 
+def tense(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
+    """Refuse when one asks what is and the other what was."""
+    if asked.tense and stored.tense and asked.tense != stored.tense:
+        return f"{asked.tense} against {stored.tense}"
+    return None
+
+
 def answer_form(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
     """Refuse when the answers are to look different or to be of different length."""
     if asked.formats != stored.formats:
@@ -110,17 +117,20 @@ def answer_form(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | Non
 
 
 def quantifiers(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
-    """Refuse statements that claim something of all, some, few or only these."""
-    if asked.question and stored.question:
+    """Refuse what is claimed, or asked to be true, of all and of some, few or only these."""
+    if not _claims(asked, stored):
         return None  # "some of the best" and "all the best" ask for the same list
-    if asked.quantifiers != stored.quantifiers:
+    differ = asked.quantifiers ^ stored.quantifiers
+    if asked.polar and stored.polar and not (asked.quantifiers and stored.quantifiers):
+        differ &= {"only"}  # "in some ways" narrows a question no more than other words do
+    if differ:
         return _one_sided("quantifier", asked.quantifiers, stored.quantifiers)
     return None
 
 
 def modality(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
-    """Refuse statements and orders of which one says what can be and the other what has to be."""
-    if asked.question and stored.question:
+    """Refuse when one says, or asks, what can be and the other what has to be."""
+    if not _claims(asked, stored):
         return None  # "How should I …" and "How can I …" ask for the same advice
     if asked.modality != stored.modality and asked.modality and stored.modality:
         return f"{words_of(asked.modality)} against {words_of(stored.modality)}"
@@ -164,6 +174,7 @@ RULES: dict[str, Rule] = {
     "answer_form": answer_form,
     "entities": entities,
     "question": question,
+    "tense": tense,
     "quantifiers": quantifiers,
     "modality": modality,
     "content": content,
@@ -209,7 +220,8 @@ def _missing_names(one: Reading, other: Reading, lexicon: Lexicon) -> set[str]:
     return {
         name
         for name in one.names - other.words
-        if name not in other.initials.split() and name not in one.initials.split()
+        if len(name) == 1
+        or (name not in other.initials.split() and name not in one.initials.split())
         if not any(lexicon.related(name, word) for word in other.words)
         if not (name in one.uncapped and any(lexicon.near(name, word) for word in other.words))
     }
@@ -269,6 +281,13 @@ def _by_word(pairs: Iterable[tuple[str, Role]]) -> dict[str, set[Role]]:
     for word, role in pairs:
         found.setdefault(word, set()).add(role)
     return found
+
+
+def _claims(asked: Reading, stored: Reading) -> bool:
+    """Whether each word counts: not where both ask "what", "how" and the like."""
+    if asked.polar and stored.polar:
+        return True
+    return not (asked.question and stored.question)
 
 
 def _differ(what: str, asked: str, stored: str) -> str | None:
