@@ -104,9 +104,11 @@ class Lexicon:
             In lower case; the word itself when nothing shorter is in the dictionary.
         """
         word = word.lower().strip(_EDGES)
-        for irregular in self._cell(word, _IRREGULAR):
-            if irregular[0] == _PARTS.get(pos) or word not in self:
-                return irregular[2:]
+        # In order: a set's own changes with every process.
+        irregulars = sorted(self._cell(word, _IRREGULAR))
+        of_its_kind = [one for one in irregulars if one[0] == _PARTS.get(pos)]
+        if of_its_kind or (irregulars and word not in self):
+            return (of_its_kind or irregulars)[0][2:]
         if word.endswith("ss") or (word in self and pos == "PROPN"):
             return word
         endings = _ENDINGS.get(pos, ())
