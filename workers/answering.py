@@ -59,7 +59,7 @@ class Answerer:
         llm: The engine.
         handlers: vLLM's OpenAI handlers over it.
         model: Name the model is served under.
-        adapters: Names of the LoRA modules that are served with it.
+        others: Further names of it, and those of LoRA modules that are served with it.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class Answerer:
         handlers: OpenAIHandlers,
         *,
         model: str,
-        adapters: Collection[str] = (),
+        others: Collection[str] = (),
     ) -> None:
         self._llm = llm
         self._handlers = handlers
         self._model = model
-        self._adapters = frozenset(adapters)
+        self._others = frozenset(others)
 
     async def answer(
         self,
@@ -172,7 +172,7 @@ class Answerer:
         length: dict[int, int] = {}
         generated = 0
         adapted: dict[str, Any] = {}
-        if job.model in self._adapters:
+        if job.model in self._others:
             adapted["lora_request"] = self._handlers.adapter(job.model)
         async for output in self._llm.generate(request.prompt, params, str(job.id), **adapted):
             final = output
@@ -201,7 +201,7 @@ class Answerer:
     ) -> Outcome:
         body = {**request.body}
         named = body.get("model")
-        served = job.model if job.model in self._adapters else self._model
+        served = job.model if job.model in self._others else self._model
         if named not in (None, "", served):
             msg = f"the job is for {served}; leave model out of the body, or name that"
             raise UnknownModelError(msg, field="model", value=named)

@@ -93,7 +93,7 @@ class OpenAIHandlers:
         return cls(state)
 
     def adapter(self, name: str) -> LoRARequest | None:
-        """Return what asks for a LoRA module that vLLM was started with; None if it is none.
+        """Return what asks for a LoRA module that vLLM was started with; None for the model.
 
         Args:
             name: Served name.

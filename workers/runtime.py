@@ -125,7 +125,7 @@ async def worker_runtime(
                 max_attempts=settings.max_attempts,
                 show_prompts=settings.show_prompts,
             ),
-            answerer=Answerer(llm, handlers, model=model.name, adapters=model.adapters),
+            answerer=Answerer(llm, handlers, model=model.name, others=model.others),
             jobs=jobs,
             commit=commit,
             publisher=publisher,

@@ -31,15 +31,21 @@ _COMPILING = (
 class ServedModel:
     """A model as one worker serves it."""
 
-    name: str  # jobs ask for it by this name; names the queue
+    name: str  # jobs ask for it by this name; names a queue
     path: str  # folder or name on the model hub
     engine_args: tuple[str, ...] = ()  # of vLLM's command line, without the two above
-    adapters: tuple[str, ...] = ()  # LoRA modules of the command line, by name; a queue each
+    aliases: tuple[str, ...] = ()  # further names of the model
+    adapters: tuple[str, ...] = ()  # names of the LoRA modules of the command line
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """What jobs may ask for beside the name."""
+        return (*self.aliases, *self.adapters)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What jobs may ask for."""
-        return (self.name, *self.adapters)
+        """What jobs may ask for; each names a queue."""
+        return (self.name, *self.others)
 
 
 def served_model(settings: Settings, *, engine_args: Sequence[str] = ()) -> ServedModel:
@@ -53,37 +59,43 @@ def served_model(settings: Settings, *, engine_args: Sequence[str] = ()) -> Serv
         ConfigurationError: A name cannot be used, or the bundled model is not installed.
     """
     name = served_name(settings)
+    aliases, given = _parted(engine_args, "--served-model-name")
     if settings.model is not None and name is not None:
-        words = (*_cpu_arguments(engine_args), *engine_args)
-        adapters = _adapters(words, name)
-        return ServedModel(name=name, path=settings.model, engine_args=words, adapters=adapters)
-    from workers.bundled import bundled_model
+        path, own = settings.model, _cpu_arguments(given)
+    else:
+        from workers.bundled import bundled_model
 
-    name = name or BUNDLED
-    return ServedModel(
+        name, path = name or BUNDLED, str(bundled_model(settings.cache_dir))
+        own = (*_BUNDLED_ARGUMENTS, *_cpu_arguments(given))
+    modules, _ = _parted(given, "--lora-modules")
+    served = ServedModel(
         name=name,
-        path=str(bundled_model(settings.cache_dir)),
-        engine_args=(*_BUNDLED_ARGUMENTS, *_cpu_arguments(engine_args), *engine_args),
-        adapters=_adapters(engine_args, name),
+        path=path,
+        engine_args=(*own, *given),
+        aliases=tuple(alias for alias in dict.fromkeys(aliases) if alias != name),
+        adapters=tuple(map(_adapter_name, modules)),
     )
-
-
-def _adapters(words: Sequence[str], model: str) -> tuple[str, ...]:
-    """Return the names that ``--lora-modules`` gives: ``name=path``, or a JSON object, each."""
-    flag, _, value = "", "", ""
-    modules: list[str] = []
-    for word in words:
-        if word.startswith("--"):
-            flag, _, value = word.partition("=")
-            word = value  # noqa: PLW2901  what is left of it
-        if flag.replace("_", "-") == "--lora-modules" and word:
-            modules.append(word)
-    names = tuple(map(_adapter_name, modules))
-    for name in names:
-        if not is_name(name) or name == model or names.count(name) > 1:
-            msg = f"--lora-modules: {name!r} cannot name a model of its own; give a short new name"
+    for other in served.others:
+        if not is_name(other) or served.names.count(other) > 1:
+            msg = f"{other!r} cannot name an adapter or a model; give a short name of its own"
             raise ConfigurationError(msg)
-    return names
+    return served
+
+
+def _parted(words: Sequence[str], flag: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the values of a flag that takes several, and the words without flag and values."""
+    values: list[str] = []
+    others: list[str] = []
+    inside = False
+    for word in words:
+        name, separator, value = word.partition("=")
+        if word.startswith("-"):
+            inside = name.replace("_", "-") == flag
+            if inside:
+                values += [value] * bool(separator)
+                continue
+        (values if inside else others).append(word)
+    return tuple(values), tuple(others)
 
 
 def _adapter_name(module: str) -> str:
@@ -150,7 +162,8 @@ def vllm_arguments(model: ServedModel, *, otlp_endpoint: str | None = None) -> N
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
-    words = ["--model", model.path, "--served-model-name", model.name, *model.engine_args]
+    words = ["--model", model.path, "--served-model-name", model.name, *model.aliases]
+    words += model.engine_args
     if otlp_endpoint is not None:
         address, protocol = vllm_otlp(otlp_endpoint)
         words += ["--otlp-traces-endpoint", address]

@@ -74,17 +74,18 @@ def test_each_worker_takes_what_it_serves(tmp_path: Path):
                 client.submit("What is AI?", model="c")
 
 
-def test_an_adapter_has_a_queue_of_its_own(tmp_path: Path):
+def test_adapters_and_further_names_have_queues_of_their_own(tmp_path: Path):
     adapters = {name: adapter(tmp_path / name, seed=seed) for seed, name in enumerate("xy")}
     modules = [{"name": name, "path": str(path)} for name, path in adapters.items()]
     config = tmp_path / "engine.yaml"
     engine_args = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 1, "dtype": "float32"}
     engine_args |= {"max_model_len": 512, "enforce_eager": True, "lora_modules": modules}
+    engine_args["served_model_name"] = "z"  # beside its own
     config.write_text(yaml.safe_dump({"engine_args": engine_args}))
     settings = load_settings(data_dir=tmp_path / "data")
     sampling = {"max_tokens": 6, "ignore_eos": True}
     with up(settings, "--config", str(config)), JobClient(settings) as client:
-        assert client.served_models() == {"smollm2-135m-instruct", "x", "y"}
+        assert client.served_models() == {"smollm2-135m-instruct", "x", "y", "z"}
 
         def ask(model: str | None, **asked: Any) -> tuple[str, str]:
             job = client.submit(**asked, sampling=sampling, **({"model": model} if model else {}))
@@ -102,3 +103,4 @@ def test_an_adapter_has_a_queue_of_its_own(tmp_path: Path):
             # From the cache, each gets its own.
             again = [ask(model, **asked) for model in ("smollm2-135m-instruct", "x", "y")]
             assert again == [(text, "exact") for text, _ in said]
+            assert ask("z", **asked) == again[0]

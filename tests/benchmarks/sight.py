@@ -118,7 +118,7 @@ def figures(*, quick: bool) -> list[Figure]:
     Args:
         quick: Fewer rounds, of fewer jobs.
     """
-    full = Size(rounds=8, new=128, cached=10_000)
+    full = Size(rounds=6, new=128, cached=10_000)
     return asyncio.run(_measure(Size(rounds=2, new=32, cached=2_000) if quick else full))
 
 

@@ -67,8 +67,15 @@ def test_adapters_are_served_under_names_of_their_own(
 )
 def test_an_adapter_without_a_name_of_its_own_is_refused(module: str) -> None:
     words = ["--lora-modules", *(module.split() if "x=" in module else [module])]
-    with pytest.raises(ConfigurationError, match="--lora-modules"):
+    with pytest.raises(ConfigurationError, match=r"lora-modules|cannot name"):
         serving.served_model(load_settings(model="some/model"), engine_args=words)
+
+
+def test_a_model_may_have_further_names() -> None:
+    words = ["--seed", "1", "--served-model-name", "x", "some/model", "y", "--dtype=float32"]
+    served = serving.served_model(load_settings(model="some/model"), engine_args=words)
+    assert served.names == ("some/model", "x", "y")
+    assert served.engine_args[-3:] == ("--seed", "1", "--dtype=float32")
 
 
 def test_modules_of_a_file_are_words_that_vllm_reads() -> None:
