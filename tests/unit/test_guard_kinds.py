@@ -119,7 +119,7 @@ DIFFERENT = {
         You {can|must} enter by the back door.
         Visitors {may|should} ring the bell.
         Who {is|was} the king of Spain?
-        What {is|was} the fastest train?
+        {Is|Was} the mayor a doctor?
         Where {is|was} the treaty signed?
         {Can|Must} employers pay in cash?
         {Every|No} guest gets a key.

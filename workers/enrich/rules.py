@@ -103,7 +103,12 @@ def question(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
 
 
 def tense(asked: Reading, stored: Reading, _lexicon: Lexicon) -> str | None:
-    """Refuse when one asks what is and the other what was."""
+    """Refuse when one asks who, where or whether it is and the other who, where or whether it was.
+
+    "What was the best film ever?" asks what "What is …" asks.
+    """
+    if not (asked.asked_for or (asked.polar and stored.polar)):
+        return None
     if asked.tense and stored.tense and asked.tense != stored.tense:
         return f"{asked.tense} against {stored.tense}"
     return None
