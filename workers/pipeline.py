@@ -173,7 +173,7 @@ class Pipeline:
 
         More would only be out of reach of other workers, and of what is more urgent.
         """
-        return self._unclaimed < self._slots.total
+        return self._unclaimed < self._slots.places
 
     @property
     def running(self) -> int:
@@ -216,6 +216,7 @@ class Pipeline:
                 claim = await self._claim(group, taken)
                 claimed_at = time.time()
                 known = self._recall.outcomes(claim.jobs)
+                self._learn(len(claim.jobs), repeats=len(known))
                 for job in claim.jobs:
                     if job.id not in known:
                         self._start(job, running)
@@ -240,6 +241,12 @@ class Pipeline:
         if self.hungry and not was_hungry:
             self.on_hungry()
 
+    def _learn(self, jobs: int, *, repeats: int) -> None:
+        was_hungry = self.hungry
+        self._slots.claimed(jobs, repeats=repeats)
+        if self.hungry and not was_hungry:
+            self.on_hungry()
+
     def _start(
         self, job: ClaimedJob, running: set[asyncio.Task[None]], *, slots: int = 1
     ) -> asyncio.Task[None]:
@@ -257,7 +264,7 @@ class Pipeline:
         if not ids:
             return
         async with self._one_suspect:
-            await self._slots.take_all()
+            taken = await self._slots.take_all()
             try:
                 for job_id in ids:
                     claim = await self._patient_claim([job_id], suspects=True)
@@ -265,7 +272,7 @@ class Pipeline:
                     for job in claim.jobs:
                         await asyncio.wait([self._start(job, running, slots=0)])
             finally:
-                self._slots.give(self._slots.total)
+                self._slots.give(taken)
 
     async def _left_alone(self, ids: Sequence[UUID], claim: Claim) -> list[UUID]:
         """Return the suspects among jobs of which some could not be claimed."""

@@ -26,6 +26,7 @@ from workers.pinning import device_here, spare_cores, worker_name
 from workers.queue_marks import oldest_live_message_at, shine
 from workers.sending import Sender
 from workers.serving import ServedModel, vllm_arguments
+from workers.slots import Slots
 from workers.store.answers import PostgresAnswers
 from workers.store.commit import GroupCommit
 from workers.store.database import Database
@@ -49,6 +50,8 @@ _ANNOUNCE_S = 2.0
 _ENRICHMENT_WAIT_S = 1.0
 #: Engine slots over an engine that is not vLLM's.
 _SLOTS = 128
+#: Jobs that may be claimed at a time while nearly all are repeats, which need no engine.
+_SLOTS_FOR_REPEATS = 512
 
 
 #: Starts an engine and what calls it with OpenAI bodies; their ends go on the stack.
@@ -84,7 +87,6 @@ async def worker_runtime(
     from workers.pipeline import Pipeline, Rules
     from workers.publishing import Publisher
     from workers.recall import Recall
-    from workers.slots import Slots
     from workers.tracing import Tracing
     from workers.watchdog import Watchdog
 
@@ -131,7 +133,7 @@ async def worker_runtime(
             publisher=publisher,
             channel=channel,
             leases=leases,
-            slots=Slots(settings.max_running or _slots_of(llm)),
+            slots=_slots(settings, llm),
             hits=hits,
             recall=Recall(llm),
             meter=observation.metrics,
@@ -155,10 +157,13 @@ async def worker_runtime(
         yield pipeline
 
 
-def _slots_of(llm: Any) -> int:
-    """Return how many requests an engine runs at once; more would only wait inside it."""
+def _slots(settings: Settings, llm: Any) -> Slots:
+    """Return as many slots as the engine runs requests; more would only wait inside it."""
+    if settings.max_running is not None:
+        return Slots(settings.max_running)
     config = getattr(llm, "vllm_config", None)
-    return _SLOTS if config is None else int(config.scheduler_config.max_num_seqs)
+    total = _SLOTS if config is None else int(config.scheduler_config.max_num_seqs)
+    return Slots(total, most_extra=max(_SLOTS_FOR_REPEATS - total, 0))
 
 
 async def _engine(

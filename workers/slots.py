@@ -8,6 +8,9 @@ import itertools
 
 from schema.names import DEFAULT_PRIORITY
 
+_MEMORY = 0.2  # weight of the newest group in the share of repeats
+_NEARLY_ALL = 0.9
+
 
 class Slots:
     """Places in the engine.
@@ -15,16 +18,43 @@ class Slots:
     Whoever is most urgent is served first, and of those whoever has waited longest, so that a
     message of many jobs and one of a single job make progress side by side.
 
+    Repeats of what was answered before need no engine, but until a job is claimed nobody knows that
+    it is one. So while nearly all jobs are, there are more places than the engine has. Should that
+    change, what was taken too much waits inside the engine, once.
+
     Args:
         total: Jobs that may run at once.
+        most_extra: Places that may be added while nearly all jobs are repeats.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, *, most_extra: int = 0) -> None:
         self.total = total
-        self.free = total
+        self.free = total  # below 0 while more is taken than there is
+        self._most_extra = most_extra
+        self._extra = 0
+        self._repeats = 0.0  # share of the jobs claimed of late
         # By priority and then by number, so that the futures are never compared.
         self._waiting: list[tuple[int, int, int, asyncio.Future[int]]] = []
         self._numbers = itertools.count()
+
+    @property
+    def places(self) -> int:
+        """Places there are now."""
+        return self.total + self._extra
+
+    def claimed(self, jobs: int, *, repeats: int) -> None:
+        """Note what some jobs turned out to be.
+
+        Args:
+            jobs: How many were claimed together.
+            repeats: How many of them needed no run.
+        """
+        if not jobs:
+            return
+        self._repeats += _MEMORY * (repeats / jobs - self._repeats)
+        extra = self._most_extra if self._repeats > _NEARLY_ALL else 0
+        added, self._extra = extra - self._extra, extra
+        self.give(added)
 
     async def take(self, most: int, *, priority: int = DEFAULT_PRIORITY) -> int:
         """Wait for a free place, and take as many as there are.
@@ -36,7 +66,7 @@ class Slots:
         Returns:
             Places taken, from 1 to `most`.
         """
-        if self.free and not self._waiting:
+        if self.free > 0 and not self._waiting:
             taken = min(most, self.free)
             self.free -= taken
             return taken
@@ -49,15 +79,20 @@ class Slots:
                 self.give(future.result())
             raise
 
-    async def take_all(self) -> None:
-        """Wait until every place is free, and take them all; only one caller at a time may wait."""
+    async def take_all(self) -> int:
+        """Wait until every place is free, and take them all; only one caller at a time may wait.
+
+        Returns:
+            Places taken, to be given back.
+        """
         taken = 0
         try:
-            while taken < self.total:
-                taken += await self.take(self.total - taken)
+            while taken < self.places:
+                taken += await self.take(self.places - taken)
         except asyncio.CancelledError:
             self.give(taken)
             raise
+        return taken
 
     def give(self, count: int = 1) -> None:
         """Give places back.
@@ -66,7 +101,7 @@ class Slots:
             count: As many as were taken and are not needed any more.
         """
         self.free += count
-        while self.free and self._waiting:
+        while self.free > 0 and self._waiting:
             _, _, most, future = heapq.heappop(self._waiting)
             if future.done():
                 continue
