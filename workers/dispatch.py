@@ -199,7 +199,11 @@ class Dispatcher:
 class _Drain:
     """How many jobs a second leave a queue, as seen by who fills it."""
 
-    _MEMORY_S = 2.0  # over which it is averaged
+    # Over which it is averaged: short enough that a long queue of quick jobs is soon let in as fast
+    # as it is taken, and long enough that idle workers who fill their slots at one blow count for
+    # no more than the rounds of slots that are let in anyway.
+    _MEMORY_S = 0.5
+    _STALE_S = 4.0
 
     def __init__(self) -> None:
         self.a_second = 0.0
@@ -209,7 +213,7 @@ class _Drain:
     @property
     def is_stale(self) -> bool:
         """Whether nobody has looked for a while."""
-        return time.monotonic() - self._seen_at > 2 * self._MEMORY_S
+        return time.monotonic() - self._seen_at > self._STALE_S
 
     def see(self, standing: int) -> None:
         """Note how many stand there now."""
