@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 import socket
 import sys
 import tempfile
@@ -28,6 +29,12 @@ _SIZE = (132, 24)
 _READY_S = 900.0
 _LOOK_S = 2.0
 _MOST_S = 180.0
+_FONT = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
+_SAID = """\
+    <title>promptmill top</title>
+    <desc>A worker with its jobs, rates and memory, the queue of its model, and the jobs that run \
+longest or failed, each of which can be looked into, cancelled or run once more.</desc>
+"""
 _THINGS = ("the lighthouse", "sourdough bread", "a glacier", "the violin", "soap", "the compass")
 
 
@@ -98,8 +105,17 @@ async def _main(folder: Path) -> str:
             await asyncio.to_thread(fleet.stop)
 
 
+def _finished(drawn: str) -> str:
+    """Say what the picture shows, have it fetch nothing, and name no host."""
+    head, line, rest = drawn.partition("<!-- Generated with Rich https://www.textualize.io -->\n")
+    if not line:
+        raise RuntimeError("the picture begins otherwise than it did")
+    whole = head.rstrip(" ") + _SAID + _FONT.sub("", rest)
+    return whole.replace(f"@{socket.gethostname()}:", "@host:")
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as at:
         Path(at).chmod(0o755)  # the embedded servers may run as another user
         drawn = asyncio.run(_main(Path(at)))
-    print(drawn.replace(f"@{socket.gethostname()}:", "@host:"), end="")
+    print(_finished(drawn), end="")

@@ -88,15 +88,22 @@ class _TaskHeaders(_Part):
     stamps: dict[str, Any] | None = None
 
 
+class _Signature(_Part):
+    task: Name
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+
+
 class _Embed(_Part):
     # Anything more would overwrite the request's own fields in Celery's tracer.
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
-    # What is to be sent afterwards, by the worker, to wherever the sender says.
-    callbacks: None = None
-    errbacks: None = None
-    chain: None = None
-    chord: None = None
+    # A canvas: what the worker sends afterwards, in the name of the sender.
+    callbacks: list[_Signature] | None = None
+    errbacks: list[_Signature] | None = None
+    chain: list[_Signature] | None = None
+    chord: _Signature | None = None
 
 
 _TASK_BODY: TypeAdapter[Any] = TypeAdapter(

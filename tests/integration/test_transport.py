@@ -118,7 +118,10 @@ def poison(sound: dict[str, Any]) -> dict[str, bytes]:
         "body too short": changed("body", to=encoded([[], {}])),
         "args of another type": changed("body", to=encoded(["ab", {}, embed])),
         "kwargs of another type": changed("body", to=encoded([[], [], embed])),
-        "a canvas": changed("body", to=encoded([[], {}, {**embed, "callbacks": [{"task": "x"}]}])),
+        "no task to follow": changed("body", to=encoded([[], {}, {**embed, "chain": [{}]}])),
+        "callback of another type": changed(
+            "body", to=encoded([[], {}, {**embed, "callbacks": [5]}])
+        ),
         "foreign embed": changed("body", to=encoded([[], {}, {"id": "other"}])),
         "too large": changed("headers", "more", to="x" * 100_000),
         "pickled body": changed("content-type", to="application/x-python-serialize"),

@@ -17,6 +17,7 @@ from workers.engine.config import Features, HandlerConfig
 from workers.engine.durable import DurableTier
 from workers.engine.enrichment import Enrichers
 from workers.engine.flights import Flights
+from workers.engine.pace import Pace
 from workers.engine.plan import RequestPlan
 from workers.engine.protocols import StoredAnswer
 from workers.engine.scope import RequestScope
@@ -62,6 +63,7 @@ class Airport:
             ),
             stats=stats,
             tasks=tasks,
+            pace=Pace(),
             engine=b"e",
             model="m",
             add=self.add,
