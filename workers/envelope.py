@@ -90,9 +90,6 @@ class _TaskHeaders(_Part):
 
 class _Signature(_Part):
     task: Name
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    options: dict[str, Any] = {}
 
 
 class _Embed(_Part):

@@ -119,7 +119,7 @@ def poison(sound: dict[str, Any]) -> dict[str, bytes]:
         "args of another type": changed("body", to=encoded(["ab", {}, embed])),
         "kwargs of another type": changed("body", to=encoded([[], [], embed])),
         "no task to follow": changed("body", to=encoded([[], {}, {**embed, "chain": [{}]}])),
-        "callback of another type": changed(
+        "a callback that is none": changed(
             "body", to=encoded([[], {}, {**embed, "callbacks": [5]}])
         ),
         "foreign embed": changed("body", to=encoded([[], {}, {"id": "other"}])),
