@@ -134,6 +134,7 @@ class AnswerRow(Base):
             "fingerprint",
             postgresql_where=text("tombstoned_at IS NOT NULL"),
         ),
+        Index(None, "namespace", "created_at"),
         Index(None, "tags", postgresql_using="gin"),
         Index(None, "nlp_result_id", postgresql_where=text("nlp_result_id IS NOT NULL")),
         Index(None, "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
@@ -190,6 +191,7 @@ class NlpResultRow(Base):
             "pipeline",
             unique=True,
         ),
+        Index(None, "namespace", "created_at"),
     )
 
 

@@ -2,10 +2,11 @@
 
 Every worker runs one; an advisory lock lets one at a time do a pass. A pass removes
 
-1. answers that have expired, and analyses that belong to none,
+1. answers that have expired,
 2. the least useful answers of each namespace that has too many,
 3. marks of flights whose owners died, and
-4. now and then, what namespaces have had for longer than they may.
+4. now and then, what namespaces have had for longer than they may, and analyses whose answers have
+   gone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import asyncio
 import random
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -42,11 +43,12 @@ class Tidied:
     evicted: int = 0  # answers worth least, where there were too many
     flights: int = 0  # marks of owners that died
     outlived: int = 0  # rows and results kept for as long as they may be
+    analyses: int = 0  # those whose answers have gone
 
     @property
     def anything(self) -> bool:
         """Whether the pass removed something."""
-        return bool(self.expired or self.evicted or self.flights or self.outlived)
+        return any(asdict(self).values())
 
 
 class Upkeep:
@@ -59,7 +61,7 @@ class Upkeep:
         every_s: Seconds between passes, about.
         pass_timeout_s: Seconds after which a pass is cut; the next one goes on.
         retain: Removes what may not be kept any longer; returns what that was. None keeps all.
-        retain_every_s: Seconds between two calls of it, at least.
+        seldom_s: Seconds between two calls of it, and two looks at all analyses, at least.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Upkeep:
         every_s: float = 60.0,
         pass_timeout_s: float = 120.0,
         retain: Callable[[], Awaitable[Counter[str]]] | None = None,
-        retain_every_s: float = 600.0,
+        seldom_s: float = 600.0,
     ) -> None:
         self._database = database
         self._answers = answers
@@ -79,8 +81,8 @@ class Upkeep:
         self._every_s = every_s
         self._pass_timeout_s = pass_timeout_s
         self._retain = retain
-        self._retain_every_s = retain_every_s
-        self._retain_at = 0.0
+        self._seldom_s = seldom_s
+        self._next_seldom = 0.0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -125,13 +127,7 @@ class Upkeep:
                 _log.exception("a pass of upkeep failed")
             else:
                 if done is not None and done.anything:
-                    _log.info(
-                        "tidied",
-                        expired=done.expired,
-                        evicted=done.evicted,
-                        flights=done.flights,
-                        outlived=done.outlived,
-                    )
+                    _log.info("tidied", **asdict(done))
 
     async def _pass(self) -> Tidied:
         expired = evicted = 0
@@ -141,12 +137,12 @@ class Upkeep:
             keep = self._limit - self._limit // _HEADROOM
             evicted += await self._answers.evict(namespace, keep=keep)
         flights = await self._answers.purge_flights()
-        outlived = await self._apply_retention()
-        return Tidied(expired=expired, evicted=evicted, flights=flights, outlived=outlived)
-
-    async def _apply_retention(self) -> int:
-        if self._retain is None or time.monotonic() < self._retain_at:
-            return 0
-        outlived = (await self._retain()).total()
-        self._retain_at = time.monotonic() + self._retain_every_s
-        return outlived
+        done = Tidied(expired=expired, evicted=evicted, flights=flights)
+        if time.monotonic() < self._next_seldom:
+            return done
+        outlived = 0 if self._retain is None else (await self._retain()).total()
+        analyses = 0
+        while (gone := await self._answers.purge_analyses()) > 0:
+            analyses += gone
+        self._next_seldom = time.monotonic() + self._seldom_s
+        return replace(done, outlived=outlived, analyses=analyses)

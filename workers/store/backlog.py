@@ -17,7 +17,10 @@ _LIVE = text(
                AS oldest_s
     FROM (
         SELECT model, namespace, state, available_at FROM jobs
-        WHERE state = 'queued' AND sent_at IS NULL
+        WHERE state = 'queued' AND sent_at IS NULL AND NOT held
+        UNION ALL
+        SELECT model, namespace, state, available_at FROM jobs
+        WHERE state = 'queued' AND held
         UNION ALL
         SELECT model, namespace, state, available_at FROM jobs
         WHERE state = 'queued' AND sent_at IS NOT NULL

@@ -143,10 +143,10 @@ class Eviction(StorePart):
         return evicted
 
     async def purge_expired(self, *, limit: int = _AT_A_TIME) -> int:
-        """Remove answers that have expired, and analyses that no answer has any more.
+        """Remove answers that have expired.
 
         Args:
-            limit: How many at most of each; call again for more.
+            limit: How many at most; call again for more.
 
         Returns:
             How many answers were removed.
@@ -155,6 +155,19 @@ class Eviction(StorePart):
             DatabaseUnavailableError: Postgres cannot be used now.
         """
         async with self._database.connection() as connection:
-            gone = (await connection.execute(_PURGE_EXPIRED, {"limit": limit})).rowcount
-            await connection.execute(_PURGE_ANALYSES, {"limit": limit})
-        return gone
+            return (await connection.execute(_PURGE_EXPIRED, {"limit": limit})).rowcount
+
+    async def purge_analyses(self, *, limit: int = _AT_A_TIME) -> int:
+        """Remove analyses that no answer has any more. It reads all there are of both.
+
+        Args:
+            limit: How many at most; call again for more.
+
+        Returns:
+            How many were removed.
+
+        Raises:
+            DatabaseUnavailableError: Postgres cannot be used now.
+        """
+        async with self._database.connection() as connection:
+            return (await connection.execute(_PURGE_ANALYSES, {"limit": limit})).rowcount

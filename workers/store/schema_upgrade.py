@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 
+from schema.errors import DatabaseUnavailableError
 from workers.store.database import errors_become_ours, parse_url
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 #: Key of the advisory lock that one upgrade at a time holds.
 _UPGRADE_LOCK = 0x70726F6D70746D01
 _TRY_FOR_S = 600
-_LOCK = text("SELECT pg_advisory_lock(CAST(:key AS bigint))")
+_TRY_EVERY_S = 0.1
+_TRY = text("SELECT pg_try_advisory_lock(CAST(:key AS bigint))")
 _UNLOCK = text("SELECT pg_advisory_unlock(CAST(:key AS bigint))")
 
 
@@ -35,7 +38,7 @@ def upgrade(database_url: str, *, revision: str = "head") -> None:
         revision: Where to go; the newest unless told.
 
     Raises:
-        DatabaseUnavailableError: Postgres cannot be reached.
+        DatabaseUnavailableError: Postgres cannot be reached, or another process takes very long.
         ConfigurationError: The address cannot be read.
     """
     with _locked(database_url) as connection:
@@ -120,8 +123,8 @@ def _connect(database_url: str) -> Iterator[Connection]:
 def _locked(database_url: str) -> Iterator[Connection]:
     with _connect(database_url) as connection:
         connection.execute(text(f"SET lock_timeout = '{_TRY_FOR_S}s'"))
-        connection.execute(_LOCK, {"key": _UPGRADE_LOCK})
         connection.commit()
+        _take_turn(connection)
         try:
             yield connection
         except BaseException:
@@ -131,3 +134,18 @@ def _locked(database_url: str) -> Iterator[Connection]:
             if not connection.closed and not connection.invalidated:
                 connection.execute(_UNLOCK, {"key": _UPGRADE_LOCK})
                 connection.commit()
+
+
+def _take_turn(connection: Connection) -> None:
+    # Asked again and again: an index that is made concurrently waits for every statement that is
+    # under way, and one that waits for the lock would never end.
+    until = time.monotonic() + _TRY_FOR_S
+    while True:
+        mine = connection.scalar(_TRY, {"key": _UPGRADE_LOCK})
+        connection.commit()
+        if mine:
+            return
+        if time.monotonic() > until:
+            msg = f"another process has been changing the tables for {_TRY_FOR_S} s"
+            raise DatabaseUnavailableError(msg)
+        time.sleep(_TRY_EVERY_S)
