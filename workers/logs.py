@@ -23,7 +23,9 @@ from structlog.typing import Processor
 if TYPE_CHECKING:
     from uuid import UUID
 
-_CREDENTIALS = re.compile(r"(\w+://)[^/\s@]*@")
+# To the last @ of a word: a password that is not percent-encoded may hold any sign.
+_CREDENTIALS = re.compile(r"(\w+://)\S*@")
+_IN_QUERY = re.compile(r"([?&](?:ssl_?)?password=)[^&\s]*")
 #: Loggers that bring handlers of their own, which would write a second form.
 _OWN_HANDLERS = ("vllm", "celery", "py.warnings")
 
@@ -172,5 +174,5 @@ def _without_input(errors: Any) -> str:
 def _mask(_logger: Any, _method: str, event: _Event) -> _Event:
     for key, value in event.items():
         if isinstance(value, str) and "://" in value:
-            event[key] = _CREDENTIALS.sub(r"\1***@", value)
+            event[key] = _IN_QUERY.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", value))
     return event

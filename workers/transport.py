@@ -31,7 +31,7 @@ from collections import deque
 from datetime import UTC, datetime
 from queue import Empty
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import redis
 from kombu.transport import TRANSPORT_ALIASES
@@ -78,15 +78,22 @@ def broker_settings(
             writes all headers of such a message to its log. None leaves it to Celery.
 
     Returns:
-        `broker_url`, `broker_transport` and `broker_transport_options`.
+        `broker_url`, `broker_transport`, `broker_transport_options`, and user and password, which
+        are never in the URL: Celery shows that of a socket, as it is, to whoever inspects a worker.
     """
     parts = urlsplit(redis_url)
-    if parts.scheme in ("unix", "redis+socket"):
-        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    # redis-py takes them from either place.
+    user, password = query.pop("username", None), query.pop("password", None)
+    scheme = parts.scheme
+    if scheme in ("unix", "redis+socket"):
+        scheme = "promptmill+socket"
         query["virtual_host"] = query.pop("db", query.get("virtual_host", "0"))
-        redis_url = f"promptmill+socket://{parts.netloc}{parts.path}?{urlencode(query)}"
+    place = parts.netloc.rpartition("@")[2]
     return {
-        "broker_url": redis_url,
+        "broker_url": f"{scheme}://{place}{parts.path}{'?' if query else ''}{urlencode(query)}",
+        "broker_user": unquote(parts.username) if parts.username else user,
+        "broker_password": unquote(parts.password) if parts.password else password,
         "broker_transport": PATH,
         "broker_transport_options": {
             "dead_list": dead_list,
@@ -252,7 +259,10 @@ class Channel(kombu_redis.Channel):
         # that is gone, and that AttributeError ends the worker.
         if getattr(self.connection, "client", None) is None:
             raise redis.ConnectionError("the connection was closed before")
-        return super()._connparams(asynchronous=asynchronous)
+        values = super()._connparams(asynchronous=asynchronous)
+        client = self.connection.client
+        # What kombu reads of a socket's address has them not.
+        return values | {"username": client.userid, "password": client.password}
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         # kombu makes one for every acknowledgement, and to make one takes longer than to use it.

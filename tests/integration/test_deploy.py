@@ -24,6 +24,7 @@ from sqlalchemy.engine import make_url
 from schema import names
 from tests.integration.test_client import PlayedWorker
 from workers import AsyncJobClient, Settings, health, windows
+from workers.app import make_app
 from workers.connection import open_redis
 from workers.dispatch import Dispatcher
 from workers.purge import purge
@@ -210,6 +211,11 @@ def test_redis_refuses(role: str, command: str, redis_url: Callable[[str], str],
         client = Redis.from_url(redis_url(role))
     with client, pytest.raises(NoPermissionError):
         client.execute_command(*command.split(" "))
+
+
+def test_celery_comes_in_by_user_and_password(redis_url: Callable[[str], str]):
+    with make_app(Settings(), redis_url("worker"), "m").connection_for_write() as connection:
+        assert connection.ensure_connection(max_retries=1).default_channel.client.ping()
 
 
 def test_a_second_call_keeps_the_secrets(secrets: Path):

@@ -271,15 +271,20 @@ def _away(*args: Any) -> None:
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("redis://:s@h:1/2", "redis://:s@h:1/2"),
-        ("rediss://h/0", "rediss://h/0"),
-        ("unix:///run/v.sock?db=3", "promptmill+socket:///run/v.sock?virtual_host=3"),
-        ("unix:///run/v.sock", "promptmill+socket:///run/v.sock?virtual_host=0"),
-        ("unix://u:p@/run/v.sock", "promptmill+socket://u:p@/run/v.sock?virtual_host=0"),
+        ("redis://:s@h:1/2", ("redis://h:1/2", None, "s")),
+        ("redis://h:1/2?username=u&password=p%2F", ("redis://h:1/2", "u", "p/")),
+        ("rediss://h/0?ssl_cert_reqs=none", ("rediss://h/0?ssl_cert_reqs=none", None, None)),
+        ("unix:///run/v.sock?db=3", ("promptmill+socket:///run/v.sock?virtual_host=3", None, None)),
+        ("unix:///run/v.sock", ("promptmill+socket:///run/v.sock?virtual_host=0", None, None)),
+        (
+            "unix://u:p%40@/run/v.sock",
+            ("promptmill+socket:///run/v.sock?virtual_host=0", "u", "p@"),
+        ),
     ],
 )
-def test_broker_url(url: str, expected: str) -> None:
-    assert broker_settings(url)["broker_url"] == expected
+def test_broker_url(url: str, expected: tuple[str, str | None, str | None]) -> None:
+    found = broker_settings(url)
+    assert tuple(found[f"broker_{name}"] for name in ("url", "user", "password")) == expected
 
 
 def test_the_dead_list_is_documented_as_it_is(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,11 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="YAML: engine_args for vLLM, and for `up` workers too."),
 ]
+
+#: Scheme, user and password, host with port and path; what follows may hold a password too.
+_ADDRESS = re.compile(
+    r"(\w[\w+]*://)([^/@?#\s]*@)?((?:\[[\w:.]+\]|[^/@?#:\s]*)(?::\d+)?(?:/[^?#@]*)?)(?:\?[^@]*)?"
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -223,10 +229,10 @@ def _masked(value: Any) -> Any:
     secret = getattr(value, "get_secret_value", None)
     if secret is None:
         return value if isinstance(value, (int, float, str, type(None))) else str(value)
-    # The place helps to find a mistake; user and password do not belong on a screen.
-    from urllib.parse import urlsplit
-
-    parts = urlsplit(secret())
-    place = parts.netloc.rpartition("@")[2]
-    who = "***@" if "@" in parts.netloc else ""
-    return f"{parts.scheme}://{who}{place}{parts.path}"
+    # The place helps to find a mistake; user and password do not belong on a screen. Of an address
+    # that is not well formed nobody can tell which part is the password.
+    found = _ADDRESS.fullmatch(secret())
+    if found is None:
+        return f"{secret().partition(':')[0]}://(cannot be read: percent-encode user and password)"
+    scheme, who, place = found.groups()
+    return f"{scheme}{'***@' if who else ''}{place}"

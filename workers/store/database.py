@@ -58,6 +58,9 @@ def parse_url(database_url: str) -> URL:
             "postgresql://user:password@host:5432/name"
         )
         raise ConfigurationError(msg) from None
+    if "@" in (url.host or ""):
+        msg = "the database address cannot be read: write an @ of the password as %40"
+        raise ConfigurationError(msg)
     if url.drivername not in _SCHEMES:
         msg = f"the database address begins with {url.drivername}://; only postgresql:// works"
         raise ConfigurationError(msg)
