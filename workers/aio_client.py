@@ -41,7 +41,9 @@ class AsyncJobClient:
     With a database the job's row is written first and its message after it: a job that was accepted
     is safe, and runs even if Redis was away at that moment, for recovery sends the message later.
     With Redis alone the whole job rides in the message: it is as safe as that Redis' data, and
-    results are found in the channel for as long as the channel keeps them.
+    results are found in the channel for as long as the channel keeps them. A job is lost then if
+    its worker is killed, or its connection breaks, in the instant in which it takes the message out
+    of the queue; submit under an ``idempotency_key`` and do so again when in doubt.
 
     It connects when it is first used, and belongs to the event loop in which that happens.
 

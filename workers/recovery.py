@@ -5,8 +5,9 @@ Every worker runs one; an advisory lock lets one at a time do a pass. A pass
 1. puts jobs whose holder has gone back in the queue,
 2. ends jobs that nobody will: past their deadline, or cancelled under a dead worker,
 3. sends what has no message: retries that are due, and rows whose producer died,
-4. sends again what had a message that is lost, and
-5. publishes what was committed and not published.
+4. sends again what had a message that is lost,
+5. publishes what was committed and not published, and
+6. writes rows for jobs that came in full and are in dead hands (`workers.stranded`).
 
 Before that it looks whether Redis has lost its data (`workers.data_loss`), and after it notes how
 far the consumer groups have read.
@@ -54,6 +55,7 @@ class Recovered:
     sent: int = 0  # jobs sent that had no message
     sent_again: int = 0  # jobs sent whose message was lost
     published: int = 0  # outcomes published that were committed only
+    adopted: int = 0  # jobs that got a row, as no worker had written it
     lost: int = 0  # outcomes among them, or to come, that Redis had and lost
     more: bool = False  # whether a step stopped at its bound
 
@@ -70,6 +72,7 @@ class Recovered:
             "sent": self.sent,
             "sent_again": self.sent_again,
             "published": self.published,
+            "adopted": self.adopted,
         }
 
 
@@ -87,6 +90,7 @@ class Recovery:
             it cannot be told, and then no message is taken for lost. A job in a long backlog is
             thus not sent again and again.
         data_loss: Notices that Redis lost its data.
+        adopt: Writes rows for jobs that have none; returns how many.
         every_s: Seconds between passes.
         new_row_grace_s: Seconds that the producer of a new row has to send its message.
         publish_grace_s: Seconds that a worker has to publish what it committed.
@@ -105,6 +109,7 @@ class Recovery:
         publish: Callable[[Sequence[Delivery]], Awaitable[str | None]],
         oldest_live_message_at: Callable[[], Awaitable[datetime | None]],
         data_loss: DataLoss,
+        adopt: Callable[[], Awaitable[int]],
         every_s: float = 2.0,
         new_row_grace_s: float = 5.0,
         publish_grace_s: float = 5.0,
@@ -118,6 +123,7 @@ class Recovery:
         self._publish = publish
         self._oldest_live_message_at = oldest_live_message_at
         self._data_loss = data_loss
+        self._adopt = adopt
         self._every_s = every_s
         self._new_row_grace_s = new_row_grace_s
         self._publish_grace_s = publish_grace_s
@@ -194,6 +200,7 @@ class Recovery:
             ("sent", self._send_unsent),
             ("sent_again", self._send_lost),
             ("published", self._publish_late),
+            ("adopted", self._adopt),
         ):
             try:
                 done[name] = await step()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from schema import names
+from workers.stranded import IN_HAND, IN_HAND_INDEX
 from workers.streams import broker_errors
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 _CHUNK = 500
-#: Where kombu keeps the messages that workers hold, and when each was taken.
-_IN_HAND, _IN_HAND_INDEX = "unacked", "unacked_index"
 
 
 class RedisErasure:
@@ -102,8 +101,8 @@ class RedisErasure:
             async for tag in self._in_hand(namespace):
                 found["messages in hand"] += 1
                 if delete:
-                    await self._redis.hdel(_IN_HAND, tag)
-                    await self._redis.zrem(_IN_HAND_INDEX, tag)
+                    await self._redis.hdel(IN_HAND, tag)
+                    await self._redis.zrem(IN_HAND_INDEX, tag)
         return found
 
     async def _items(self, key: str | bytes, mine: Callable[[bytes], bool], *, delete: bool) -> int:
@@ -118,7 +117,7 @@ class RedisErasure:
         return sum([await self._redis.lrem(key, 1, item) for item in found])
 
     async def _in_hand(self, namespace: str) -> AsyncIterator[bytes]:
-        async for tag, entry in self._redis.hscan_iter(_IN_HAND, count=_CHUNK):
+        async for tag, entry in self._redis.hscan_iter(IN_HAND, count=_CHUNK):
             try:
                 message = orjson.loads(entry)[0]
             except (ValueError, LookupError, TypeError):

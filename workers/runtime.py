@@ -250,6 +250,7 @@ async def _helpers(
     from workers.recovery import Recovery
     from workers.server_clock import ServerClock
     from workers.signals import DoneSignals
+    from workers.stranded import Stranded
 
     connection = Connection(
         endpoints=endpoints,
@@ -272,6 +273,7 @@ async def _helpers(
         publish=publisher.send,
         oldest_live_message_at=oldest,
         data_loss=DataLoss(redis, jobs, keep_s=settings.result_ttl_s),
+        adopt=Stranded(redis, jobs, max_attempts=settings.max_attempts).adopt,
     )
     recovery.start()
     stack.push_async_callback(recovery.aclose)

@@ -106,7 +106,7 @@ RECOVERED = Series(
     part="jobs",
     name="promptmill_recovered_jobs_total",
     kind="counter",
-    help="Jobs that recovery of this worker put right: requeued, ended, sent, sent_again, "
+    help="Jobs that recovery of this worker put right: requeued, ended, sent, sent_again, adopted, "
     "published.",
     labels=("action",),
 )

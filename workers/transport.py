@@ -12,9 +12,13 @@ The dead list is a Redis list, oldest first, of JSON objects:
      "bytes": 17, "item_base64": "…"}
 
 A message is put there before it is taken off the books, so a crash between the two leaves
-it twice, never not at all. (Redis' BRPOP itself hands an item out once: an item read by a
-process that dies in the same millisecond is lost, to kombu as to us. Whoever cannot have
-that keeps what was submitted in a database too.)
+it twice, never not at all.
+
+Redis' BRPOP hands an item out once, and kombu notes a moment later that it is in hand. When
+Redis does not take that note, for it is full or gone, the item goes back to its list as soon
+as Redis can be written to. (One whose process dies in that moment, or whose connection breaks
+while it is on its way, is lost, to kombu as to us. Whoever cannot have that keeps what was
+submitted in a database too.)
 
 Use `broker_settings`. Options, in `broker_transport_options`: `dead_list` (the key),
 `max_message_bytes` (beyond it an item is not parsed), `task_names` (those accepted).
@@ -178,7 +182,8 @@ class Message(VirtualMessage):
 
     def __init__(self, payload: Any, channel: Any = None, **kwargs: Any) -> None:
         super().__init__(payload, channel=channel, **kwargs)
-        self.raw: bytes | None = channel.take_raw() if channel is not None else None
+        #: The key of the list, and the item.
+        self.origin: tuple[bytes, bytes] | None = channel.take_origin() if channel else None
 
 
 def _always() -> bool:
@@ -194,6 +199,15 @@ class QoS(kombu_redis.QoS):
         if not super().can_consume():
             return False
         return bool(not channel.active_queues or channel._in_poll or channel.wants_more())  # noqa: SLF001
+
+    def append(self, message: Message, delivery_tag: str) -> None:
+        """Note that a message is in hand, or see to it that it goes back."""
+        try:
+            super().append(message, delivery_tag)
+        except (redis.RedisError, OSError):
+            if message.origin is not None:
+                self.channel.unnoted.append(message.origin)
+            raise
 
 
 class Channel(kombu_redis.Channel):
@@ -219,17 +233,21 @@ class Channel(kombu_redis.Channel):
     #: when the worker has reconnected, writes them.
     unwritten: ClassVar[deque[str]] = deque()
 
-    _raw: bytes | None = None
+    #: Items that are in no list and not noted as in hand either, as it failed.
+    unnoted: ClassVar[deque[tuple[bytes, bytes]]] = deque()
+
+    _origin: tuple[bytes, bytes] | None = None
     _own_client: Any = None  # for all but the waiting for messages
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._write_dead()
+        self._put_back()
 
-    def take_raw(self) -> bytes | None:
-        """Return once the bytes of the item being delivered."""
-        raw, self._raw = self._raw, None
-        return raw
+    def take_origin(self) -> tuple[bytes, bytes] | None:
+        """Return once the key and the bytes of the item being delivered."""
+        origin, self._origin = self._origin, None
+        return origin
 
     def basic_reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Reject a message; unless it is requeued, it goes to the dead list first."""
@@ -239,7 +257,7 @@ class Channel(kombu_redis.Channel):
             except KeyError:
                 message = None  # rejected before
             if message is not None:
-                raw = message.raw or dumps(message._raw).encode()  # noqa: SLF001
+                raw = message.origin[1] if message.origin else dumps(message._raw).encode()  # noqa: SLF001
                 info, task = message.delivery_info, message.headers.get("task")
                 self._bury(raw, info.get("routing_key", ""), f"rejected: task {task!r:.200}")
         super().basic_reject(delivery_tag, requeue=requeue)
@@ -301,7 +319,7 @@ class Channel(kombu_redis.Channel):
         except MessageFormatError as exc:
             self._bury(raw, queue, str(exc))
             return None
-        self._raw = raw
+        self._origin = reply
         return reply
 
     def _check_task(self, payload: dict[str, Any], queue: str) -> None:
@@ -343,6 +361,14 @@ class Channel(kombu_redis.Channel):
             with self.conn_or_acquire() as client:
                 client.rpush(self.dead_list, self.unwritten[0])
             self.unwritten.popleft()
+
+    def _put_back(self) -> None:
+        # As it may have been noted after all, it may come twice.
+        while self.unnoted:
+            key, raw = self.unnoted[0]
+            with self.conn_or_acquire() as client:
+                client.rpush(key.decode(), raw)
+            self.unnoted.popleft()
 
 
 class Transport(kombu_redis.Transport):

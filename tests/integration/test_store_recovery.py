@@ -38,6 +38,9 @@ class _Elsewhere:
     async def note_positions(self) -> None:
         """Nobody reads."""
 
+    async def adopt(self) -> int:
+        return 0
+
     async def send(self, jobs: Sequence[JobAddress]) -> None:
         if self.away:
             raise BrokerUnavailableError("away")
@@ -67,6 +70,7 @@ def recovery(database: Database, job_store: JobStore, elsewhere: _Elsewhere) -> 
         publish=elsewhere.publish,
         oldest_live_message_at=elsewhere.oldest,
         data_loss=cast("DataLoss", elsewhere),
+        adopt=elsewhere.adopt,
         every_s=0.02,
         new_row_grace_s=0,
         publish_grace_s=0,

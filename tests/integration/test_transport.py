@@ -245,6 +245,37 @@ def test_a_redis_that_takes_no_writes_is_waited_for(
         until("nothing to be unacknowledged", lambda: server.hlen("unacked") == 0)
 
 
+def test_a_message_that_redis_did_not_note_goes_back(
+    stack: Any, server: Any, sound: dict[str, Any]
+) -> None:
+    """A full Redis lets items be taken, and takes no note of it."""
+    settings = broker_settings(kombu_url(stack.redis_url))
+    item = json.dumps(sound).encode()
+
+    def connect() -> Connection:
+        return Connection(settings["broker_url"], transport=settings["broker_transport"])
+
+    server.delete("got")
+    server.lpush("got", item)
+    with connect() as connection:
+        channel = connection.channel()
+        server.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(connection.connection_errors, match="OOM"):
+                channel.basic_get("got")
+            assert server.llen("got") == 0
+            with connect() as again, pytest.raises(connection.connection_errors, match="OOM"):
+                again.channel()  # the worker waits until it can put the item back
+        finally:
+            server.config_set("maxmemory", 0)
+        with connect() as again:
+            found = again.channel().basic_get("got")
+            assert found.origin == (b"got", item)
+            found.ack()
+            assert again.channel().basic_get("got") is None
+    assert server.hlen("unacked") == 0
+
+
 def test_entries_survive_an_outage(stack: Any, server: Any, monkeypatch: Any) -> None:
     server.delete(DEAD)
     settings = broker_settings(kombu_url(stack.redis_url))
