@@ -84,6 +84,17 @@ class Rules:
     waiting_s: float = 0.2  # between two tries of a server that is away; doubles after
     waiting_most_s: float = 5.0
 
+    def delay_s(self, attempts: int) -> float:
+        """Return how long a job waits for its next attempt.
+
+        Exponential back-off with jitter (M. Brooker, AWS Architecture Blog, 2015).
+
+        Args:
+            attempts: How many it has had.
+        """
+        most = min(self.backoff_s * 2 ** (attempts - 1), self.backoff_most_s)
+        return random.uniform(most / 2, most)  # noqa: S311  no secret
+
 
 class Pipeline:
     """Runs jobs.
@@ -474,9 +485,7 @@ class Pipeline:
         """Put the job back with a due time, or end it when its attempts are used up."""
         if job.attempts >= job.max_attempts:
             return failed(job, error)
-        # Exponential back-off with full jitter (M. Brooker, AWS Architecture Blog, 2015).
-        most = min(self._rules.backoff_s * 2 ** (job.attempts - 1), self._rules.backoff_most_s)
-        delay_s = random.uniform(most / 2, most)  # noqa: S311  no secret
+        delay_s = self._rules.delay_s(job.attempts)
         self._meter.put_back(job)
         job_lines.put_back(job, error, delay_s=delay_s)
         await self._patiently(

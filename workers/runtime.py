@@ -273,7 +273,15 @@ async def _helpers(
         publish=publisher.send,
         oldest_live_message_at=oldest,
         data_loss=DataLoss(redis, jobs, keep_s=settings.result_ttl_s),
-        adopt=Stranded(redis, jobs, max_attempts=settings.max_attempts).adopt,
+        adopt=Stranded(
+            redis,
+            jobs,
+            max_attempts=settings.max_attempts,
+            within_s=min(
+                filter(None, [settings.retention_s, *settings.namespace_retention_s.values()]),
+                default=None,
+            ),
+        ).adopt,
     )
     recovery.start()
     stack.push_async_callback(recovery.aclose)

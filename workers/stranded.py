@@ -37,15 +37,24 @@ class Stranded:
         redis: A client of redis-py's asyncio interface. The caller closes it.
         jobs: The job store.
         max_attempts: Of jobs that state none.
+        within_s: Seconds for which rows of jobs that are over are kept at least; a message that was
+            taken longer ago may be of jobs that were run and deleted. None: they are kept for ever.
         grace_s: Seconds that a worker has to write the rows itself.
     """
 
     def __init__(
-        self, redis: Redis, jobs: JobStore, *, max_attempts: int, grace_s: float = 10.0
+        self,
+        redis: Redis,
+        jobs: JobStore,
+        *,
+        max_attempts: int,
+        within_s: float | None = None,
+        grace_s: float = 10.0,
     ) -> None:
         self._redis: Any = redis  # parts of redis-py have no annotations
         self._jobs = jobs
         self._max_attempts = max_attempts
+        self._within_s = within_s
         self._grace_s = grace_s
         self._known: LRUCache[bytes, bool] = LRUCache(_REMEMBERED)  # delivery tags looked at
 
@@ -58,10 +67,10 @@ class Stranded:
         Raises:
             ServiceError: Postgres or Redis cannot be used now.
         """
-        adopted = 0
-        taken_before = time.time() - self._grace_s
+        adopted, now = 0, time.time()
+        since = "-inf" if self._within_s is None else now - self._within_s
         with broker_errors("looking at messages in hand"):
-            tags = await self._redis.zrangebyscore(IN_HAND_INDEX, "-inf", taken_before)
+            tags = await self._redis.zrangebyscore(IN_HAND_INDEX, since, now - self._grace_s)
         new = [tag for tag in tags if tag not in self._known]
         for at in range(0, len(new), _AT_A_TIME):
             group = new[at : at + _AT_A_TIME]

@@ -9,16 +9,19 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
 
+import orjson
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
+from schema import names, wire
 from schema.jobs import JobState
 from tests.acceptance.faults.scripted_worker import ENDLESS, MODEL, REFUSED
 from tests.acceptance.faults.workers_of_a_run import ScriptedWorkers
 from workers import AsyncJobClient, Settings
 from workers.app import make_app
 from workers.local import LocalStack
+from workers.transport import read_dead
 
 pytestmark = pytest.mark.timeout(600)
 WAIT_S = 60.0
@@ -159,6 +162,54 @@ async def test_a_cancelled_job_gives_its_slot_to_the_next(settings: Settings) ->
             took_s.append(time.monotonic() - began)
         # Promised within a second; a busy machine may be late now and then, not every time.
         assert min(took_s) < 1.0, took_s
+
+
+async def test_one_key_without_a_database_is_one_job(settings: Settings, stack: LocalStack) -> None:
+    """Many submit it at once, each in a message of its own, which the worker reads."""
+    tenant = f"alone-{uuid4().hex[:8]}"
+    alone = settings.model_copy(update={"database_url": None})
+    async with AsyncJobClient(settings) as client, AsyncJobClient(alone) as light:
+        jobs = await asyncio.gather(
+            *(
+                light.submit("one answer", idempotency_key="k", namespace=tenant, channel="c")
+                for _ in range(12)
+            )
+        )
+        assert len({job.id for job in jobs}) == 1
+        results = await asyncio.gather(*(job.result(WAIT_S) for job in jobs))
+        assert {result.status for result in results} == {JobState.DONE}
+        # Behind all of its messages.
+        assert (await (await light.submit("last", namespace=tenant)).result(WAIT_S)).text
+        rows = await _run(
+            client,
+            "SELECT attempts, token FROM jobs WHERE namespace = :namespace AND channel = 'c'",
+            namespace=tenant,
+        )
+        assert rows == [(1, 1)]
+        channel = (await client.connection()).channel
+        found = {each.result.json_text for each in await channel.read(tenant, "c")}
+        assert len(found) == 1
+
+
+async def test_a_message_of_an_unknown_version_is_kept_and_stops_nobody(
+    settings: Settings, stack: LocalStack
+) -> None:
+    route = wire.Route(namespace="newer", model=MODEL, priority=5)
+    item = wire.encode(wire.JobMessage(namespace="newer", sent_at=0.0, ids=(uuid4(),)), route)
+    newer = orjson.loads(item)
+    newer["headers"][names.JOBS_HEADER]["v"] = names.WIRE_VERSION + 1
+    async with AsyncJobClient(settings) as client:
+        redis = (await client.connection()).redis
+        await redis.lpush(route.key, orjson.dumps(newer))
+        job = await client.submit("after it", namespace="newer")
+        assert (await job.result(WAIT_S)).status is JobState.DONE
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                entries = await redis.lrange(names.DEAD_LETTERS, 0, -1)
+                kept = [bytes_ for bytes_, _, _ in map(read_dead, entries)]
+                if orjson.dumps(newer) in kept:
+                    break
+                await asyncio.sleep(0.05)
 
 
 async def test_prompts_show_neither_in_logs_nor_to_who_inspects(

@@ -128,6 +128,28 @@ def test_a_failed_job_is_code_1_and_can_be_retried(command: Command):
     command("jobs", "show", str(uuid4()), code=2)
 
 
+def test_dead_jobs_are_listed_whole_and_run_once_more_together(command: Command, tmp_path: Path):
+    batch = command("batch", "submit", batch_file(tmp_path / "in", ["fail", "good", "fail too"]))
+    alone = command("submit", "fail", "--completion")
+    command.work()
+    dead = {row["job_id"]: row for row in command.json("jobs", "list", "--state", "failed")}
+    of_batch = {job for job, row in dead.items() if row["batch_id"] == batch}
+    assert len(of_batch) == 2
+    assert set(dead) == {*of_batch, alone}
+    for job in of_batch:
+        shown = command.json("jobs", "show", job)
+        assert shown["request"]["body"]["say"] == shown["status"]["custom_id"]
+        assert shown["result"]["error"] == shown["status"]["error"] == dead[job]["error"]
+        assert (shown["status"]["error"]["type"], shown["status"]["error"]["message"]) == (
+            "EngineFailedError", "broke",
+        )  # fmt: skip
+    assert set(command.json("jobs", "retry", "--batch", batch, "--state", "failed")) == of_batch
+    assert command.json("jobs", "retry", "--batch", batch, "--state", "failed") == []
+    command.work()
+    assert set(command.json("jobs", "retry", *dead)) == set(dead)
+    assert command.json("jobs", "list", "--state", "failed") == []
+
+
 def batch_file(path: Path, names_: list[str]) -> str:
     """Write a batch file."""
     row = {"method": "POST", "url": "/v1/chat/completions"}

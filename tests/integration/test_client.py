@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -246,12 +247,34 @@ async def test_cancelling_a_running_job_is_announced(client: AsyncJobClient, wor
     }
 
 
-async def test_a_full_queue_is_said_or_waited_for(settings: Settings, worker: PlayedWorker):
+async def test_a_full_queue_is_said(settings: Settings, worker: PlayedWorker):
     small = settings.model_copy(update={"queue_limit": 1})
     async with AsyncJobClient(small) as client:
         with pytest.raises(QueueFullError):
             await client.submit_many(["a", "b"])
         assert await worker.messages() == []
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["database", "Redis alone"])
+async def test_who_waits_for_room_gets_it_or_hears_that_there_is_none(
+    settings: Settings, redis_alone: Settings, worker: PlayedWorker, *, alone: bool
+):
+    # Other tests leave jobs in the same tables.
+    waiting = sum([(await worker.store.counts())[JobState.QUEUED] if not alone else 0, 1])
+    small = (redis_alone if alone else settings).model_copy(update={"queue_limit": waiting})
+    async with AsyncJobClient(small) as hasty, AsyncJobClient(small, wait_s=1.0) as patient:
+        await hasty.submit("first")
+        began = time.monotonic()
+        with pytest.raises(QueueFullError):
+            await patient.submit("second")
+        assert time.monotonic() - began > 0.5
+    async with AsyncJobClient(small, wait_s=60.0) as patient:
+        third = asyncio.create_task(patient.submit("third"))
+        await asyncio.sleep(0.3)
+        assert not third.done()
+        assert [result.text for result in await worker.run()] == ["FIRST"]
+        await third
+    assert [result.text for result in await worker.run()] == ["THIRD"]
 
 
 async def test_a_job_outlives_a_redis_that_is_away(settings: Settings):

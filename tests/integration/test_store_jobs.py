@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -319,6 +320,39 @@ async def test_cancelling_races_completion_and_one_of_them_wins(job_store: JobSt
         status = await job_store.status("default", job.id)
         assert status is not None
         assert status.state == JobState.DONE
+
+
+async def test_a_deadline_races_completion_and_one_of_them_wins(
+    database: Database, job_store: JobStore
+) -> None:
+    """The worker is late with its heartbeat as well; recovery, and another worker, end the job."""
+    states = set()
+    for at in range(20):
+        job = await claimed(job_store, spec(str(uuid4())))
+        await change(
+            database,
+            "UPDATE jobs SET deadline_at = now(), lease_until = now() WHERE id = :id",
+            id=job.id,
+        )
+        end = outcome(job, answer=answer(), answer_id=uuid4())
+        events = [
+            job_store.finish([end]),
+            job_store.end_overdue(limit=9),
+            job_store.claim([job.id], owner="another", lease_s=60),
+        ]
+        turns = [(at + turn) % 3 for turn in range(3)]
+        each = await asyncio.gather(*(events[turn] for turn in turns))
+        done: dict[int, Any] = dict(zip(turns, each, strict=True))
+        expired = [*done[1], *done[2].ended]
+        assert not done[2].jobs
+        assert len(expired) + len(done[0].accepted) == 1
+        result = await job_store.result("default", job.id)
+        assert result == (end.result if done[0].accepted else expired[0].result)
+        states.add(result.status)
+        stored = await number(database, "SELECT count(*) FROM answers")
+        assert stored == len(done[0].accepted)
+        await change(database, "DELETE FROM answers")
+    assert states <= {JobState.DONE, JobState.EXPIRED}
 
 
 async def test_cancelling_races_claiming_and_one_of_them_wins(job_store: JobStore) -> None:

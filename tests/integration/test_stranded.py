@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
@@ -61,6 +62,20 @@ async def test_jobs_in_dead_hands_get_rows(
     # By a worker that was slow and not dead they are found to be known.
     await stranded.adopt()
     assert await number(database, "SELECT count(*) FROM jobs") == 2
+
+
+async def test_what_may_have_been_run_and_deleted_is_left_alone(
+    redis: Redis, job_store: JobStore, database: Database
+) -> None:
+    route = wire.Route(namespace="default", model="m", priority=5)
+    message = wire.JobMessage(namespace="default", sent_at=0.0, jobs=(spec(),))
+    entry = orjson.dumps([orjson.loads(wire.encode(message, route)), "", route.queue])
+    await redis.hset(IN_HAND, "tag", entry)
+    await redis.zadd(IN_HAND_INDEX, {"tag": time.time() - 100})
+    for within_s, found in ((50.0, 0), (1000.0, 1)):
+        stranded = Stranded(redis, job_store, max_attempts=3, within_s=within_s)
+        assert await stranded.adopt() == found
+    assert await number(database, "SELECT count(*) FROM jobs") == 1
 
 
 async def test_what_has_rows_or_is_none_of_ours_is_left_alone(
