@@ -26,6 +26,7 @@ from tests.integration.test_client import PlayedWorker
 from workers import AsyncJobClient, Settings, health, windows
 from workers.app import make_app
 from workers.connection import open_redis
+from workers.data_loss import DataLoss
 from workers.dispatch import Dispatcher
 from workers.purge import purge
 from workers.queue_marks import shine
@@ -34,6 +35,7 @@ from workers.servers import postgres_folder, valkey_binary
 from workers.store.database import Database
 from workers.store.jobs import JobStore
 from workers.store.locks import DISPATCH, leading
+from workers.stranded import Stranded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -211,6 +213,22 @@ def test_redis_refuses(role: str, command: str, redis_url: Callable[[str], str],
         client = Redis.from_url(redis_url(role))
     with client, pytest.raises(NoPermissionError):
         client.execute_command(*command.split(" "))
+
+
+async def test_a_worker_may_look_after_what_redis_loses(
+    redis_url: Callable[[str], str], role_url: Callable[[str], str]
+):
+    database, redis = Database(role_url("worker")), open_redis(redis_url("worker"))
+    jobs = JobStore(database)
+    loss = DataLoss(redis, jobs, keep_s=60)
+    for _ in range(2):
+        assert await loss.heed() == 0
+    assert (await jobs.known_redis()).server is not None
+    assert await redis.get(names.MOMENT) is not None
+    assert await Stranded(redis, jobs, max_attempts=3).adopt() == 0
+    await redis.delete(names.EPOCH, names.MOMENT)
+    await redis.aclose()
+    await database.aclose()
 
 
 def test_celery_comes_in_by_user_and_password(redis_url: Callable[[str], str]):

@@ -22,3 +22,6 @@ async def test_every_accepted_job_ends_once_and_is_delivered(tmp_path: Path) -> 
     assert report.verdict.wrong == [], f"seed {report.seed}; see {report.log}"
     assert report.verdict.counts["jobs accepted"] > 0
     assert len(report.faults) >= 8, report.faults
+    said = report.log.read_text()
+    assert "waiting for Postgres" in said
+    assert "waiting for Redis" in said
