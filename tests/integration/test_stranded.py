@@ -82,8 +82,8 @@ async def test_what_has_rows_or_is_none_of_ours_is_left_alone(
     redis: Redis, stranded: Stranded, job_store: JobStore, database: Database
 ) -> None:
     route = wire.Route(namespace="default", model="m", priority=5)
-    known, other = spec("known"), spec("other", idempotency_key="key")
-    conflicting = spec("another", idempotency_key="key")
+    key = {"id": names.job_id_for("default", "key"), "idempotency_key": "key"}
+    known, other, conflicting = spec("known"), spec("other", **key), spec("another", **key)
     await job_store.admit([known, other], default_model="m", sent=True, max_attempts=3)
     messages: list[Any] = [
         orjson.loads(wire.encode(wire.JobMessage(namespace="default", sent_at=0.0, **what), route))
