@@ -56,7 +56,9 @@ __all__ = ["Channel", "Transport", "broker_settings", "limit_intake", "read_dead
 logger = logging.getLogger(__name__)
 
 #: How Redis says that it takes no writes now: its disk or memory is full, or it follows another.
-_PASSES_BY = ("MISCONF ", "OOM ", "READONLY ", "NOREPLICAS ")
+_PASSES_BY = ("MISCONF ", "NOREPLICAS ", "UNBLOCKED ")
+# redis-py has classes of their own for these, and drops the word.
+_PASS_BY = (redis.OutOfMemoryError, redis.ReadOnlyError)
 
 MOST_KEPT_BYTES = 256 * 1024 * 1024
 
@@ -138,7 +140,7 @@ def _refusals_pass_by() -> Iterator[None]:
     try:
         yield
     except redis.ResponseError as exc:
-        if not any(word in str(exc) for word in _PASSES_BY):
+        if not isinstance(exc, _PASS_BY) and not any(word in str(exc) for word in _PASSES_BY):
             raise
         raise redis.ConnectionError(str(exc)) from exc
 
