@@ -43,7 +43,7 @@ SELECT gen_random_uuid(), CASE WHEN n % 20 = 0 THEN 'small' ELSE 'big' END, 'm',
 FROM generate_series(1, 20000) AS n,
      LATERAL (SELECT CASE WHEN n % 100 < 90 THEN 'done' WHEN n % 100 < 92 THEN 'failed'
                           WHEN n % 1000 = 999 THEN 'running' ELSE 'queued' END) AS kind (state),
-     LATERAL (SELECT now() - n * interval '2 seconds') AS made (at);
+     LATERAL (SELECT now() - n * interval '1 second') AS made (at);
 INSERT INTO nlp_results (id, namespace, digest, pipeline, result, created_at)
 SELECT md5(n::text)::uuid, 'big', decode(md5(n::text), 'hex'), 'p', '{}',
        now() - n * interval '2 seconds'
@@ -62,7 +62,7 @@ FROM generate_series(1, 10000) AS n;
 _LOOK = {"limit": 500, "max_crashes": 5}
 _SAYS = dict.fromkeys(("cancelled", "expired", "set_aside"), "{}")
 _LIST = {"batch_id": None, "before": None, "limit": 100}
-_OLD = datetime.now(UTC) - timedelta(seconds=2 * 10_000 - 600)  # few rows are older
+_OLD = datetime.now(UTC) - timedelta(seconds=20_000 - 40)  # few rows are older
 PERIODIC: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "rows without a message": (outbox._UNSENT, {"older_than_s": 5, "limit": 500}),
     "lost messages": (outbox._SENT_BEFORE, {"moment": _OLD, "limit": 500}),

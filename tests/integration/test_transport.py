@@ -250,7 +250,9 @@ def test_a_message_that_redis_did_not_note_goes_back(
 ) -> None:
     """A full Redis lets items be taken, and takes no note of it."""
     settings = broker_settings(kombu_url(stack.redis_url))
-    item = json.dumps(sound).encode()
+    message = json.loads(json.dumps(sound))
+    message["properties"]["delivery_info"]["routing_key"] = "got"
+    item = json.dumps(message).encode()
 
     def connect() -> Connection:
         return Connection(settings["broker_url"], transport=settings["broker_transport"])
