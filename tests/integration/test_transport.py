@@ -237,6 +237,7 @@ def test_a_redis_that_takes_no_writes_is_waited_for(
             # To note that a message is in hand, and that it is done.
             with pytest.raises(connection.connection_errors, match="NOREPLICAS"):
                 channel.qos.append(found, "another")
+            assert channel.unnoted.pop() == found.origin  # the next channel would put it back
             with pytest.raises(connection.connection_errors, match="NOREPLICAS"):
                 found.ack()
         finally:
