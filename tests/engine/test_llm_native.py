@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
+from PIL import Image
 from vllm import SamplingParams
 from vllm.engine.protocol import StreamingInput
 from vllm.exceptions import VLLMValidationError
@@ -241,7 +242,15 @@ async def test_what_steers_a_request_reaches_the_core(
     assert plain.stats()["flights"] == 0
 
 
-@pytest.mark.parametrize("prompt", ["", "x " * 3000, {"prompt_token_ids": [10**7]}])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "x " * 3000,
+        {"prompt_token_ids": [10**7]},
+        {"prompt": "Look", "multi_modal_data": {"image": Image.new("RGB", (2, 2))}},
+    ],
+)
 async def test_a_bad_prompt_is_refused_as_vllm_refuses_it(plain: Equipped, prompt: Any) -> None:
     async def refusal(add: Any, *args: Any) -> Exception:
         with pytest.raises(Exception, match=r".") as caught:

@@ -30,7 +30,7 @@ from tests.engine.conftest import (
     until,
 )
 from workers.engine import HandlerConfig, RequestScope
-from workers.engine.config import SimilarityConfig
+from workers.engine.config import CacheConfig, SimilarityConfig
 from workers.engine.protocols import StoredAnswer
 from workers.enrich.embedder import MiniLmEmbedder
 from workers.enrich.neighbours import Considered
@@ -128,6 +128,22 @@ async def test_a_worker_that_gives_up_lets_the_other_generate(
     await until(lambda: first.stats()["side_tasks"] == 0)
     await second.abort("second")
     assert (await waiting).outputs[0].finish_reason == "abort"
+
+
+async def test_the_wait_for_another_worker_is_bounded(
+    equip: Equip, answer_store: PostgresAnswers
+) -> None:
+    """It is at it still, and this one generates too."""
+    hasty = PLAIN.model_copy(update={"cache": CacheConfig(flight_wait_s=0.2)})
+    first, second = equip(PLAIN, store=answer_store), equip(hasty, store=answer_store)
+    collector = await first.add_request("first", "Slow elsewhere", full(1500))
+    await until(lambda: first.get_num_unfinished_requests() == 1)
+    waiting = asyncio.create_task(final_of(second, "Slow elsewhere", full(1500), "second"))
+    await until(lambda: second.get_num_unfinished_requests() == 2)
+    await second.abort("second")
+    assert (await waiting).metadata["provenance"] == "generated"
+    await first.abort("first")
+    collector.close()
 
 
 async def test_a_deferred_scope_stores_by_itself(
