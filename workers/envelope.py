@@ -88,8 +88,12 @@ class _TaskHeaders(_Part):
     stamps: dict[str, Any] | None = None
 
 
-class _Signature(_Part):
+class _Signature(_Part):  # type: ignore[no-redef]  # the plugin takes an alias for a name
     task: Name
+    # pydantic's own names would be in the way.
+    its_args: list[Any] = Field(alias="args", default_factory=list)
+    its_kwargs: dict[str, Any] = Field(alias="kwargs", default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class _Embed(_Part):

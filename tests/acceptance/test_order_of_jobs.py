@@ -210,6 +210,8 @@ async def test_a_message_of_an_unknown_version_is_kept_and_stops_nobody(
                 if orjson.dumps(newer) in kept:
                     break
                 await asyncio.sleep(0.05)
+        # The servers are shared with tests that ask whether all is well.
+        await redis.delete(names.DEAD_LETTERS)
 
 
 async def test_prompts_show_neither_in_logs_nor_to_who_inspects(

@@ -67,6 +67,8 @@ def doctor(
     capfd: pytest.CaptureFixture[str],
 ) -> Doctor:
     """The subject, on servers that are well."""
+    with Redis.from_url(stack.redis_url) as redis:
+        redis.delete(names.DEAD_LETTERS)  # of other tests
     monkeypatch.setenv("PROMPTMILL_DATABASE_URL", database_url)
     monkeypatch.setenv("PROMPTMILL_REDIS_URL", stack.redis_url)
     return Doctor(capfd)
