@@ -58,9 +58,14 @@ def worker(stack: Any, server: Any, tasks: Any, tmp_path_factory: Any) -> Iterat
 def sound(tasks: Any, server: Any) -> dict[str, Any]:
     """A message as Celery sends it."""
     tasks.empty.apply_async(queue="sample")
-    message = json.loads(server.rpop("sample"))
-    message["properties"]["delivery_info"]["routing_key"] = QUEUE
-    return dict(message)
+    return addressed(json.loads(server.rpop("sample")), QUEUE)
+
+
+def addressed(sound: dict[str, Any], queue: str) -> dict[str, Any]:
+    """Return a copy of a message that belongs to another queue."""
+    message: dict[str, Any] = json.loads(json.dumps(sound))
+    message["properties"]["delivery_info"]["routing_key"] = queue
+    return message
 
 
 def encoded(body: Any) -> str:
@@ -204,8 +209,7 @@ def test_values_of_sound_messages_do_not_matter(worker: Worker, tasks: Any, serv
 def test_basic_get_skips_poison(stack: Any, server: Any, sound: dict[str, Any]) -> None:
     server.delete(DEAD, "got")
     settings = broker_settings(kombu_url(stack.redis_url))
-    message = json.loads(json.dumps(sound))
-    message["properties"]["delivery_info"]["routing_key"] = "got"
+    message = addressed(sound, "got")
     for item in (b"poison", json.dumps(message).encode()):
         server.lpush("got", item)
     with Connection(
@@ -226,8 +230,7 @@ def test_a_redis_that_takes_no_writes_is_waited_for(
 ) -> None:
     """Celery takes a refusal for a bug of its own and ends the worker, a lost connection not."""
     settings = broker_settings(kombu_url(stack.redis_url))
-    message = json.loads(json.dumps(sound))
-    message["properties"]["delivery_info"]["routing_key"] = "got"
+    message = addressed(sound, "got")
     server.lpush("got", json.dumps(message).encode())
     with Connection(settings["broker_url"], transport=settings["broker_transport"]) as connection:
         channel = connection.channel()
@@ -251,8 +254,7 @@ def test_a_message_that_redis_did_not_note_goes_back(
 ) -> None:
     """A full Redis lets items be taken, and takes no note of it."""
     settings = broker_settings(kombu_url(stack.redis_url))
-    message = json.loads(json.dumps(sound))
-    message["properties"]["delivery_info"]["routing_key"] = "got"
+    message = addressed(sound, "got")
     item = json.dumps(message).encode()
 
     def connect() -> Connection:
