@@ -8,24 +8,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-import orjson
-from jsonschema.exceptions import SchemaError, best_match
-from jsonschema.validators import validator_for
-from referencing import Registry
-from referencing.exceptions import Unresolvable
-
-from schema.errors import InvalidRequestError, shown
+from schema.errors import InvalidRequestError
 from schema.jobs import OpenAIRequest, PromptRequest
+from workers.json_schemas import check_schema
 
 if TYPE_CHECKING:
-    from jsonschema.protocols import Validator
-
     from schema.jobs import Completion
+    from workers.schema_checker import SchemaChecker
 
-_COMPILED = 64
 _SEEDS = 2**31
 #: Temperature of the second try of a greedy request: without one, another seed changes nothing.
 SECOND_TEMPERATURE = 0.5
@@ -73,91 +65,29 @@ def _checked(schema: object, field: str) -> dict[str, Any] | bool:
     return schema  # type: ignore[return-value]  # it was checked
 
 
-def check_schema(schema: object, *, field: str = "schema") -> None:
-    """Refuse what is no JSON schema.
-
-    Args:
-        schema: Parsed JSON.
-        field: Where it stood, for the message.
-
-    Raises:
-        InvalidRequestError: It is no schema, or points outside of itself.
-    """
-    _validator(schema, field)
-
-
-_validators: OrderedDict[bytes, Validator] = OrderedDict()
-
-
-def _validator(schema: object, field: str = "schema") -> Validator:
-    if not isinstance(schema, (dict, bool)):
-        msg = f"must be a JSON schema, not {shown(schema)}"
-        raise InvalidRequestError(msg, field=field, value=schema)
-    name = orjson.dumps(schema, option=orjson.OPT_SORT_KEYS)
-    if (known := _validators.get(name)) is not None:
-        _validators.move_to_end(name)
-        return known
-    kind = validator_for(schema)
-    try:
-        kind.check_schema(schema)
-    except SchemaError as exc:
-        at = "/".join(str(part) for part in exc.absolute_path)
-        msg = f"is not a JSON schema: {shown_text(exc.message)}" + (f" (at {at})" if at else "")
-        raise InvalidRequestError(msg, field=field) from None
-    # An empty registry: a reference to another document must not make a worker fetch it.
-    made: Validator = kind(schema, registry=Registry())
-    _validators[name] = made
-    while len(_validators) > _COMPILED:
-        _validators.popitem(last=False)
-    return made
-
-
-def shown_text(text: str, most: int = 300) -> str:
-    """Return a validator's message, cut: it may hold all of the answer.
-
-    Args:
-        text: The message.
-        most: Characters kept.
-    """
-    return text if len(text) <= most else f"{text[:most]}…"
-
-
-def fault_of(schema: dict[str, Any] | bool, outputs: list[Completion]) -> str | None:
+async def fault_of(
+    schema: dict[str, Any] | bool, outputs: list[Completion], checker: SchemaChecker
+) -> str | None:
     """Return why answers do not fit a schema, or None when all of them do.
 
     Args:
         schema: As `schema_of` returned it.
         outputs: The answers. One without text, such as a tool call, is not held to the schema.
+        checker: Checks them.
 
     Raises:
-        InvalidRequestError: The schema refers to what it does not hold.
+        InvalidRequestError: The schema refers to what it does not hold, or checking is too costly.
+        ServiceError: The check failed for no fault of the schema.
     """
-    for output in outputs:
-        if not output.text and output.finish_reason == "tool_calls":
-            continue
-        if (fault := _fault(schema, output.text)) is None:
+    held = [output for output in outputs if output.text or output.finish_reason != "tool_calls"]
+    faults = await checker.faults(schema, [output.text for output in held])
+    for output, fault in zip(held, faults, strict=True):
+        if fault is None:
             continue
         which = f"answer {output.index} " if len(outputs) > 1 else "the answer "
         cut = "; it was cut at its token limit" if output.finish_reason == "length" else ""
         return f"{which}does not fit the schema: {fault}{cut}"
     return None
-
-
-def _fault(schema: dict[str, Any] | bool, text: str) -> str | None:
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as exc:
-        return f"it is not JSON ({exc})"
-    try:
-        error = best_match(_validator(schema).iter_errors(value))
-    except Unresolvable as exc:
-        msg = f"refers to what is not in it ({exc})"
-        raise InvalidRequestError(msg, field="schema") from None
-    except RecursionError:
-        return "it is nested too deeply to be checked"
-    if error is None:
-        return None
-    return f"{shown_text(error.message)} (at {error.json_path})"
 
 
 def second_try(request: PromptRequest | OpenAIRequest) -> PromptRequest | OpenAIRequest:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from workers.engine.protocols import StoredAnswer
     from workers.handler_stream import OnText
     from workers.handlers import HandlerAnswer, OpenAIHandlers
+    from workers.schema_checker import SchemaChecker
 
 
 class TryAgainError(Exception):
@@ -58,6 +59,7 @@ class Answerer:
     Args:
         llm: The engine.
         handlers: vLLM's OpenAI handlers over it.
+        checker: Holds answers to the schemas of their requests.
         model: Name the model is served under.
         others: Further names of it, and those of LoRA modules that are served with it.
     """
@@ -67,11 +69,13 @@ class Answerer:
         llm: EnhancedAsyncLLM,
         handlers: OpenAIHandlers,
         *,
+        checker: SchemaChecker,
         model: str,
         others: Collection[str] = (),
     ) -> None:
         self._llm = llm
         self._handlers = handlers
+        self._checker = checker
         self._model = model
         self._others = frozenset(others)
 
@@ -120,13 +124,13 @@ class Answerer:
     ) -> Outcome:
         """Return an answer that fits the schema; one that does not is kept nowhere."""
         outcome = await self._answer(job, request, options, None, trace_headers)
-        if (first := self._misfit(outcome, schema)) is not None:
+        if (first := await self._misfit(outcome, schema)) is not None:
             if not answer_schema.is_repeatable(request) and options.reuse is not Reuse.ALWAYS:
                 # Its seed is ours alone: a sampled request stays one that is never stored.
                 options = options.model_copy(update={"reuse": Reuse.OFF})
             again = answer_schema.second_try(request)
             outcome = await self._answer(job, again, options, None, trace_headers)
-            if (second := self._misfit(outcome, schema)) is not None:
+            if (second := await self._misfit(outcome, schema)) is not None:
                 error = JobError(type="AnswerSchemaError", message=second, status_code=422)
                 return failed(job, error)
             outcome.result.metadata["schema_retry"] = first
@@ -138,11 +142,11 @@ class Answerer:
                 await on_text(answer.index, 0, answer.text)
         return outcome
 
-    def _misfit(self, outcome: Outcome, schema: dict[str, Any] | bool) -> str | None:
+    async def _misfit(self, outcome: Outcome, schema: dict[str, Any] | bool) -> str | None:
         """Return why an answer does not fit; it is forgotten then."""
         if outcome.result.status is not JobState.DONE:
             return None
-        fault = answer_schema.fault_of(schema, outcome.result.outputs)
+        fault = await answer_schema.fault_of(schema, outcome.result.outputs, self._checker)
         if fault is not None and outcome.answer_id is not None:
             self._llm.forget(
                 namespace=outcome.result.namespace, answer_ids=frozenset({outcome.answer_id})

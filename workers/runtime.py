@@ -87,6 +87,7 @@ async def worker_runtime(
     from workers.pipeline import Pipeline, Rules
     from workers.publishing import Publisher
     from workers.recall import Recall
+    from workers.schema_checker import SchemaChecker
     from workers.tracing import Tracing
     from workers.watchdog import Watchdog
 
@@ -119,6 +120,8 @@ async def worker_runtime(
             model=model.name,
             device=device_here(),
         )
+        checker = SchemaChecker()
+        stack.push_async_callback(checker.aclose)
         pipeline = Pipeline(
             rules=Rules(
                 model=model.name,
@@ -127,7 +130,9 @@ async def worker_runtime(
                 max_attempts=settings.max_attempts,
                 show_prompts=settings.show_prompts,
             ),
-            answerer=Answerer(llm, handlers, model=model.name, others=model.others),
+            answerer=Answerer(
+                llm, handlers, checker=checker, model=model.name, others=model.others
+            ),
             jobs=jobs,
             commit=commit,
             publisher=publisher,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.stand_ins import claimed_job
 from workers.answering import Answerer
 from workers.bundled import bundled_model
 from workers.handlers import OpenAIHandlers
+from workers.schema_checker import SchemaChecker
 from workers.store.records import ClaimedJob
 
 pytestmark = pytest.mark.engine
@@ -37,12 +39,14 @@ def body_of(url: str, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-async def answerer(plain: Equipped) -> Answerer:
+async def answerer(plain: Equipped) -> AsyncIterator[Answerer]:
+    checker = SchemaChecker()
     parser = make_arg_parser(FlexibleArgumentParser())
     args = parser.parse_args(
         ["--model", str(bundled_model()), "--served-model-name", NAME, "--max-model-len", "2048"]
     )
-    return Answerer(plain, await OpenAIHandlers.over(plain, args), model=NAME)
+    yield Answerer(plain, await OpenAIHandlers.over(plain, args), checker=checker, model=NAME)
+    await checker.aclose()
 
 
 class Heard:

@@ -21,6 +21,7 @@ from tests.engine.test_llm_answering import claimed
 from workers.answering import Answerer
 from workers.engine import EnhancedAsyncLLM, Parts
 from workers.handlers import OpenAIHandlers
+from workers.schema_checker import SchemaChecker
 from workers.serving import ServedModel, vllm_arguments
 from workers.store.answers import PostgresAnswers
 
@@ -38,7 +39,7 @@ async def embedding_answerer() -> AsyncIterator[Answerer]:
     llm = EnhancedAsyncLLM.from_engine_args(
         AsyncEngineArgs.from_cli_args(args), handler_config=PLAIN
     )
-    yield Answerer(llm, await OpenAIHandlers.over(llm, args), model=NAME)
+    yield Answerer(llm, await OpenAIHandlers.over(llm, args), checker=SchemaChecker(), model=NAME)
     await llm.aclose()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -10,13 +12,22 @@ import pytest
 from schema.errors import InvalidRequestError
 from schema.jobs import Completion, JobState, OpenAIRequest, PromptRequest, Reuse
 from tests.stand_ins import claimed_job, final_output
-from workers.answer_schema import SECOND_TEMPERATURE, check_schema, fault_of, schema_of, second_try
+from workers.answer_schema import SECOND_TEMPERATURE, fault_of, schema_of, second_try
 from workers.answering import Answerer
 from workers.engine.protocols import StoredAnswer, StoredCompletion
 from workers.engine.scope import current_scope
+from workers.json_schemas import check_schema
+from workers.schema_checker import SchemaChecker
 from workers.store.records import ClaimedJob
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}}}
+
+
+@pytest.fixture(scope="module")
+async def checker() -> AsyncIterator[SchemaChecker]:
+    made = SchemaChecker()
+    yield made
+    await made.aclose()
 
 
 def chat(**body: Any) -> OpenAIRequest:
@@ -60,23 +71,88 @@ def test_the_schema_of_a_request_is_found(request_: Any, schema: Any) -> None:
         ('{"n": NaN}', "it is not JSON"),
     ],
 )
-def test_a_fault_is_named_with_its_place(text: str, says: str | None) -> None:
-    fault = fault_of(SCHEMA, [Completion(text=text)])
+async def test_a_fault_is_named_with_its_place(
+    text: str, says: str | None, checker: SchemaChecker
+) -> None:
+    fault = await fault_of(SCHEMA, [Completion(text=text)], checker)
     assert (fault is None) == (says is None)
     assert says is None or (fault is not None and says in fault and len(fault) < 500)
 
 
-def test_each_of_several_answers_is_checked_and_tool_calls_are_none() -> None:
+async def test_each_of_several_answers_is_checked_and_tool_calls_are_none(
+    checker: SchemaChecker,
+) -> None:
     good, bad = Completion(text="{}"), Completion(index=1, text="no", finish_reason="length")
-    assert str(fault_of(SCHEMA, [good, bad])).startswith("answer 1 does not fit the schema")
-    assert str(fault_of(SCHEMA, [good, bad])).endswith("it was cut at its token limit")
-    assert fault_of(SCHEMA, [Completion(text="", finish_reason="tool_calls")]) is None
+    fault = str(await fault_of(SCHEMA, [good, bad], checker))
+    assert fault.startswith("answer 1 does not fit the schema")
+    assert fault.endswith("it was cut at its token limit")
+    call = Completion(text="", finish_reason="tool_calls")
+    assert await fault_of(SCHEMA, [call], checker) is None
+    assert str(await fault_of(SCHEMA, [call, bad], checker)).startswith("answer 1 does")
 
 
-def test_nothing_is_fetched_for_a_schema() -> None:
+async def test_nothing_is_fetched_for_a_schema(checker: SchemaChecker) -> None:
     check_schema({"$ref": "#/$defs/x", "$defs": {"x": {"type": "string"}}})
     with pytest.raises(InvalidRequestError, match="refers to what is not in it"):
-        fault_of({"$ref": "http://127.0.0.1:1/x"}, [Completion(text="1")])
+        await fault_of({"$ref": "http://127.0.0.1:1/x"}, [Completion(text="1")], checker)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "says"),
+    [
+        ({"items": {"pattern": "^(a|a)*$"}}, '["' + "a" * 60 + '!"]', r"pattern.*\^\(a\|a\)\*\$"),
+        ({"patternProperties": {"^(b|b)*$": {}}}, '{"' + "b" * 60 + '!": 1}', r"\^\(b\|b\)\*\$"),
+        (
+            {
+                "$defs": {
+                    str(n): {"anyOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} if n < 60 else False
+                    for n in range(61)
+                },
+                "$ref": "#/$defs/0",
+            },
+            "1",
+            "is too costly",
+        ),
+    ],
+    ids=["pattern", "property names", "references"],
+)
+async def test_a_check_that_would_take_for_ever_ends_and_nothing_waits_for_it(
+    schema: dict[str, Any], text: str, says: str
+) -> None:
+    checker = SchemaChecker(limit_s=0.3)
+    try:
+        check = asyncio.create_task(fault_of(schema, [Completion(text=text)], checker))
+        looks = 0
+        while not check.done():
+            looks += 1
+            await asyncio.sleep(0.01)
+        with pytest.raises(InvalidRequestError, match=says) as refused:
+            check.result()
+        assert refused.value.field == "schema"
+        assert looks > 5, "the loop stood still"
+        # The next one is served again, and the costly schema is known.
+        assert await fault_of(SCHEMA, [Completion(text="{}")], checker) is None
+        process = checker._child
+        with pytest.raises(InvalidRequestError, match=says):
+            await fault_of(schema, [Completion(text=text)], checker)
+        assert checker._child is process, "it was checked again"
+    finally:
+        await checker.aclose()
+
+
+async def test_a_cancelled_check_takes_its_process_along() -> None:
+    checker = SchemaChecker(limit_s=60)
+    costly = {"pattern": "^(a|a)*$"}
+    check = asyncio.create_task(checker.faults(costly, ['"' + "a" * 60 + '!"']))
+    while checker._child is None:
+        await asyncio.sleep(0.01)
+    process = checker._child.process
+    check.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await check
+    assert process.poll() is not None
+    assert await checker.faults(costly, ['"aa"']) == [None]
+    await checker.aclose()
 
 
 def test_the_second_try_has_another_seed() -> None:
@@ -133,17 +209,17 @@ def claimed(request: PromptRequest, **options: Any) -> ClaimedJob:
     return claimed_job(request.model_dump(mode="json"), options=options)
 
 
-def answerer(llm: ScriptedLlm) -> Answerer:
-    return Answerer(llm, None, model="m")  # type: ignore[arg-type]  # as much as it touches
+def answerer(llm: ScriptedLlm, checker: SchemaChecker) -> Answerer:
+    return Answerer(llm, None, checker=checker, model="m")  # type: ignore[arg-type]  # as much as it touches
 
 
-async def test_a_second_answer_that_fits_is_the_one_that_is_kept() -> None:
+async def test_a_second_answer_that_fits_is_the_one_that_is_kept(checker: SchemaChecker) -> None:
     llm, heard = ScriptedLlm("nonsense", '{"n": 4}'), []
 
     async def hear(*piece: Any) -> None:
         heard.append(piece)
 
-    outcome = await answerer(llm).answer(
+    outcome = await answerer(llm, checker).answer(
         claimed(prompt(structured_outputs={"json": SCHEMA})), on_text=hear
     )
     assert outcome.result.status is JobState.DONE
@@ -156,10 +232,10 @@ async def test_a_second_answer_that_fits_is_the_one_that_is_kept() -> None:
     assert llm.asked == [(None, 0.0, None), (1, SECOND_TEMPERATURE, None)]
 
 
-async def test_an_answer_that_never_fits_fails_and_is_forgotten() -> None:
+async def test_an_answer_that_never_fits_fails_and_is_forgotten(checker: SchemaChecker) -> None:
     llm = ScriptedLlm('{"n": 1}', '{"n": 2}')
     sampled = prompt(temperature=1, structured_outputs={"json": SCHEMA})
-    outcome = await answerer(llm).answer(claimed(sampled))
+    outcome = await answerer(llm, checker).answer(claimed(sampled))
     assert outcome.result.status is JobState.FAILED
     assert outcome.result.error is not None
     assert "2 is less than the minimum of 3" in outcome.result.error.message
@@ -169,8 +245,21 @@ async def test_an_answer_that_never_fits_fails_and_is_forgotten() -> None:
     assert [reuse for _, _, reuse in llm.asked] == [None, Reuse.OFF]
 
 
-async def test_what_needs_no_schema_is_asked_once() -> None:
+async def test_a_costly_pattern_fails_its_job_at_once() -> None:
+    checker = SchemaChecker(limit_s=0.3)
+    llm = ScriptedLlm('"' + "a" * 60 + '!"')
+    asked = prompt(structured_outputs={"json": {"pattern": "^(a|a)*$"}})
+    outcome = await answerer(llm, checker).answer(claimed(asked))
+    await checker.aclose()
+    assert outcome.result.status is JobState.FAILED
+    assert outcome.result.error is not None
+    assert outcome.result.error.type == "InvalidRequestError"
+    assert "too costly a pattern" in outcome.result.error.message
+    assert outcome.answer is None
+
+
+async def test_what_needs_no_schema_is_asked_once(checker: SchemaChecker) -> None:
     llm = ScriptedLlm("anything")
-    outcome = await answerer(llm).answer(claimed(prompt()))
+    outcome = await answerer(llm, checker).answer(claimed(prompt()))
     assert outcome.result.text == "anything"
     assert llm.forgotten == set()

@@ -11,6 +11,7 @@ from schema.jobs import JobState
 from tests.stand_ins import claimed_job, final_output
 from workers.answering import Answerer
 from workers.handlers import HandlerAnswer
+from workers.schema_checker import SchemaChecker
 
 ADAPTER = object()
 
@@ -48,7 +49,8 @@ def played() -> Played:
 
 @pytest.fixture
 def answerer(played: Played) -> Answerer:
-    return Answerer(played, played, model="m", others=("alias", "adapter"))  # type: ignore[arg-type]
+    checker = SchemaChecker()
+    return Answerer(played, played, checker=checker, model="m", others=("alias", "adapter"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

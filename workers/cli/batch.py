@@ -262,7 +262,7 @@ def _schema(path: str | None) -> dict[str, Any] | None:
         return None
     import orjson
 
-    from workers.answer_schema import check_schema
+    from workers.json_schemas import check_schema
 
     try:
         schema: Any = orjson.loads(Path(path).read_bytes())

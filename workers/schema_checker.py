@@ -1,0 +1,163 @@
+"""`SchemaChecker`: holds answers to JSON schemas in a process of its own, for a bounded time.
+
+Python's regular expressions backtrack, and they hold the interpreter meanwhile: a schema's pattern
+like ``(a|a)*$`` would stop the event loop for good. References can make a check as long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachetools import LRUCache
+
+from schema.errors import InvalidRequestError, ServiceError, shown
+
+_LIMIT_S = 5.0
+_REMEMBERED = 256  # schemas that were too costly
+_SHOWN = 3  # patterns of one, in its message
+_REPLY_BYTES = 2**24  # far more than a message for each of a job's answers
+_REAP_S = 5.0
+
+
+class SchemaChecker:
+    """Checks answers one job at a time; the process starts with the first, and again when it died.
+
+    Args:
+        limit_s: Seconds of processor time that the check of a job's answers may take.
+    """
+
+    def __init__(self, *, limit_s: float = _LIMIT_S) -> None:
+        self._limit_s = limit_s
+        self._turn = asyncio.Lock()
+        self._child: _Child | None = None
+        self._costly: LRUCache[str, bool] = LRUCache(_REMEMBERED)
+
+    async def faults(self, schema: dict[str, Any] | bool, texts: list[str]) -> list[str | None]:
+        """Return why each text does not fit a schema; None for one that does.
+
+        Args:
+            schema: One that `check_schema` passes.
+            texts: Should be JSON.
+
+        Raises:
+            InvalidRequestError: The schema refers to what it does not hold, or checking is too
+                costly: so is every check by this schema from then on.
+            ServiceError: The process died for another reason.
+        """
+        if not texts:
+            return []
+        name = json.dumps(schema)
+        async with self._turn:
+            if name in self._costly:
+                raise self._too_costly(schema)
+            said = await self._ask(json.dumps({"schema": schema, "texts": texts}))
+            if isinstance(said, int):
+                if said != -signal.SIGPROF:
+                    msg = f"the process that checks answers ended with status {said}"
+                    raise ServiceError(msg)
+                self._costly[name] = True
+                raise self._too_costly(schema)
+        if "unresolvable" in said:
+            msg = f"refers to what is not in it ({said['unresolvable']})"
+            raise InvalidRequestError(msg, field="schema")
+        faults: list[str | None] = said["faults"]
+        return faults
+
+    async def aclose(self) -> None:
+        """End the process; idempotent."""
+        child, self._child = self._child, None
+        if child is not None:
+            await child.end()
+
+    async def _ask(self, request: str) -> dict[str, Any] | int:
+        """Return the reply, or the status with which the process ended instead."""
+        if self._child is None:
+            self._child = await _Child.start(limit_s=self._limit_s)
+        child = self._child
+        try:
+            if (reply := await child.ask(request)) is not None:
+                return reply
+        except BaseException:
+            await self.aclose()  # what it would still say belongs to nobody
+            raise
+        self._child = None
+        return await child.status()
+
+    def _too_costly(self, schema: dict[str, Any] | bool) -> InvalidRequestError:
+        limit = f"checking an answer takes more than {self._limit_s:g} s of processor time"
+        patterns = [shown(pattern) for pattern in _patterns(schema)]
+        if not patterns:
+            return InvalidRequestError(f"is too costly: {limit}", field="schema")
+        named = ", ".join(patterns[:_SHOWN]) + (" …" if len(patterns) > _SHOWN else "")
+        msg = f"has too costly a pattern: {limit}; write it without nested repetition ({named})"
+        return InvalidRequestError(msg, field="schema")
+
+
+def _patterns(schema: object) -> Iterator[str]:
+    """Yield the regular expressions of a schema, and perhaps what only looks like one."""
+    if isinstance(schema, dict):
+        if isinstance(pattern := schema.get("pattern"), str):
+            yield pattern
+        if isinstance(keyed := schema.get("patternProperties"), dict):
+            yield from keyed
+    if isinstance(schema, (dict, list)):
+        for part in schema.values() if isinstance(schema, dict) else schema:
+            yield from _patterns(part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Child:
+    """The process, and the connection to it."""
+
+    process: subprocess.Popen[bytes]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @classmethod
+    async def start(cls, *, limit_s: float) -> _Child:
+        """Start it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = _spawn(limit_s, theirs)
+        reader, writer = await asyncio.open_connection(sock=ours, limit=_REPLY_BYTES)
+        return cls(process=process, reader=reader, writer=writer)
+
+    async def ask(self, request: str) -> dict[str, Any] | None:
+        """Return the reply to a request, or None when the process ended instead."""
+        with contextlib.suppress(OSError):
+            self.writer.write(request.encode() + b"\n")
+            await self.writer.drain()
+            if line := await self.reader.readline():
+                reply: dict[str, Any] = json.loads(line)
+                return reply
+        return None
+
+    async def status(self) -> int:
+        """Return the status with which it ended, once it has."""
+        self.writer.transport.abort()
+        return await asyncio.to_thread(self.process.wait, _REAP_S)
+
+    async def end(self) -> None:
+        """End it; it keeps no state."""
+        self.process.kill()
+        await self.status()
+
+
+def _spawn(limit_s: float, connection: socket.socket) -> subprocess.Popen[bytes]:
+    """Start it from scratch: vLLM's threads and CUDA do not survive a fork."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "workers.schema_checker_main", str(limit_s)],
+        stdin=connection.fileno(),
+        stdout=connection.fileno(),
+        cwd=Path(__file__).parents[1],
+    )
