@@ -76,7 +76,7 @@ class SimilarityConfig(_Values):
     neighbours: int = Field(5, ge=0, le=100, description="neighbours named in the metadata")
     candidates: int = Field(5, ge=1, le=100, description="neighbours that the guard looks at")
     concurrency: int = Field(256, ge=1, description="texts waiting or embedded at a time")
-    look_ups: int = Field(4, ge=1, description="neighbour look-ups at a time, over all requests")
+    look_ups: int = Field(64, ge=1, description="neighbour look-ups waiting or asked at a time")
     budget_s: Seconds = Field(10.0, description="seconds after which the look-up is cut")
     shadow: bool = Field(False, description="decide and record, but serve the generated answer")
     verify: Verify = Field(Verify.GUARD, description="who has the last word on a neighbour")

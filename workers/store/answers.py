@@ -15,7 +15,7 @@ from workers.store.answer_puts import AnswerPuts
 from workers.store.eviction import Eviction
 from workers.store.flight_marks import FlightMarks
 from workers.store.gathering import Gathering
-from workers.store.neighbours import Sizes, nearest
+from workers.store.neighbours import LookAround
 from workers.store.reuse_labels import ReuseLabels
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
 
     def __init__(self, database: Database) -> None:
         super().__init__(database)
-        self._sizes = Sizes()
+        self._around = LookAround(database)
         self._look_ups = Gathering(self._look_up, name="promptmill-look-ups")
         self._puts = AnswerPuts(database)
 
@@ -234,6 +234,8 @@ class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
     ) -> Sequence[Neighbour]:
         """Return live neighbours, nearest first, each answer once.
 
+        Look-ups that come at the same time share a statement.
+
         Args:
             namespace: Tenant; no other's prompts are ever looked at.
             embedder: Name of what made `vector`.
@@ -247,16 +249,9 @@ class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.
         """
-        async with self._database.connection() as connection:
-            return await nearest(
-                namespace=namespace,
-                embedder=embedder,
-                vector=vector,
-                limit=limit,
-                scope=scope,
-                sizes=self._sizes,
-                connection=connection,
-            )
+        return await self._around.nearest(
+            namespace=namespace, embedder=embedder, vector=vector, limit=limit, scope=scope
+        )
 
     async def record(self, decisions: Sequence[Decision]) -> None:
         """Keep decisions for or against reuse.

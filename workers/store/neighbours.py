@@ -1,8 +1,10 @@
-"""Finding stored prompts near a vector, in one namespace."""
+"""Finding stored prompts near vectors, each in one namespace."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Text, bindparam, text
@@ -10,6 +12,7 @@ from sqlalchemy import Text, bindparam, text
 from schema.tables import EMBEDDER
 from workers.engine.protocols import Neighbour
 from workers.store.answer_json import vector_text
+from workers.store.gathering import Gathering
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from workers.engine.protocols import Vector
+    from workers.store.database import Database
 
 #: Vectors up to which a namespace is searched one by one. The graph is filtered after it is
 #: walked, so a small tenant among large ones would be missed there; read alone it is found whole.
@@ -29,6 +33,9 @@ EXACT_UP_TO = 2_000
 # longer walk: ten of them took a third of the time of twenty.
 _MORE = {True: 2, False: 4}  # by whether there is a scope
 _AT_LEAST = {True: 10, False: 20}
+
+#: Look-ups in one statement, at most: whoever comes next waits for all of them.
+_TOGETHER = 16
 
 _SIZE = text(
     """
@@ -44,9 +51,14 @@ _SIZE = text(
 # it could not be proved to fit. Order is restored outside, since an iterative scan gives it nearly.
 _APPROXIMATE = text(
     """
-    WITH near AS MATERIALIZED (
+    WITH asked AS MATERIALIZED (
+        SELECT place, CAST(vector AS halfvec(384)) AS vector
+        FROM unnest(CAST(:vectors AS text[])) WITH ORDINALITY AS input (vector, place)
+    )
+    SELECT asked.place, near.id, near.prompt, near.distance
+    FROM asked CROSS JOIN LATERAL (
         SELECT answers.id, answers.prompt,
-               CAST(embeddings.vector AS halfvec(384)) <=> CAST(:vector AS halfvec(384)) AS distance
+               CAST(embeddings.vector AS halfvec(384)) <=> asked.vector AS distance
         FROM embeddings JOIN answers ON answers.id = embeddings.answer_id
         WHERE embeddings.embedder = :embedder
           AND embeddings.namespace = :namespace
@@ -54,31 +66,48 @@ _APPROXIMATE = text(
           AND answers.namespace = :namespace AND answers.prompt IS NOT NULL
           AND answers.tombstoned_at IS NULL
           AND (answers.expires_at IS NULL OR answers.expires_at > now())
-        ORDER BY CAST(embeddings.vector AS halfvec(384)) <=> CAST(:vector AS halfvec(384))
+        ORDER BY CAST(embeddings.vector AS halfvec(384)) <=> asked.vector
         LIMIT :fetch
-    )
-    SELECT id, prompt, distance FROM near ORDER BY distance
+    ) AS near
+    ORDER BY asked.place, near.distance
     """
 ).bindparams(bindparam("embedder", EMBEDDER, Text(), literal_execute=True))
 
 _EXACT = text(
     """
-    WITH candidate AS MATERIALIZED (
-        SELECT embeddings.answer_id, embeddings.vector
-        FROM embeddings
+    WITH asked AS MATERIALIZED (
+        SELECT place, CAST(vector AS halfvec) AS vector
+        FROM unnest(CAST(:vectors AS text[])) WITH ORDINALITY AS input (vector, place)
+    ), candidate AS MATERIALIZED (
+        SELECT answers.id, answers.prompt, embeddings.vector
+        FROM embeddings JOIN answers ON answers.id = embeddings.answer_id
         WHERE embeddings.namespace = :namespace AND embeddings.embedder = :embedder
           AND (CAST(:scope AS bytea) IS NULL OR embeddings.scope = :scope AND embeddings.part = 0)
+          AND answers.namespace = :namespace AND answers.prompt IS NOT NULL
+          AND answers.tombstoned_at IS NULL
+          AND (answers.expires_at IS NULL OR answers.expires_at > now())
     )
-    SELECT answers.id, answers.prompt,
-           candidate.vector <=> CAST(:vector AS halfvec) AS distance
-    FROM candidate JOIN answers ON answers.id = candidate.answer_id
-    WHERE answers.namespace = :namespace AND answers.prompt IS NOT NULL
-      AND answers.tombstoned_at IS NULL
-      AND (answers.expires_at IS NULL OR answers.expires_at > now())
-    ORDER BY distance
-    LIMIT :fetch
+    SELECT asked.place, near.id, near.prompt, near.distance
+    FROM asked CROSS JOIN LATERAL (
+        SELECT id, prompt, candidate.vector <=> asked.vector AS distance
+        FROM candidate
+        ORDER BY distance
+        LIMIT :fetch
+    ) AS near
+    ORDER BY asked.place, near.distance
     """
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A look-up, as `LookAround` gathers them."""
+
+    namespace: str
+    scope: bytes | None
+    embedder: str
+    limit: int
+    vector: str
 
 
 class Sizes:
@@ -121,44 +150,78 @@ class Sizes:
         return large
 
 
-async def nearest(
-    *,
-    namespace: str,
-    embedder: str,
-    vector: Vector,
-    limit: int,
-    scope: bytes | None,
-    sizes: Sizes,
-    connection: AsyncConnection,
-) -> list[Neighbour]:
-    """Return live neighbours, nearest first, each answer once.
+class LookAround:
+    """Looks for neighbours of many vectors together.
+
+    What the look-ups of a statement share, such as its plan and the vectors of a small namespace,
+    is paid for once. Look-ups in a scope are for answers that may be served, so they do not wait
+    for those that only name neighbours.
 
     Args:
-        namespace: Tenant.
-        embedder: Name of what made `vector`.
-        vector: Shape [dimensions], unit length.
-        limit: How many at most.
-        scope: When given, only whole prompts of this scope.
-        sizes: Remembers which namespaces are large.
-        connection: To ask on.
-
-    Returns:
-        The neighbours; the similarity is that of the nearest part of each stored prompt.
+        database: Where the vectors live.
     """
-    asked = vector_text(vector)
-    if asked is None or limit < 1:
-        return []
-    values: dict[str, Any] = {
-        "namespace": namespace,
-        "scope": scope,
-        "vector": asked,
-        "fetch": max(limit * _MORE[scope is not None], _AT_LEAST[scope is not None]),
-    }
-    if embedder != EMBEDDER or not await sizes.large(namespace, scope, connection):
-        found = await connection.execute(_EXACT, {**values, "embedder": embedder})
-    else:
-        found = await connection.execute(_APPROXIMATE, values)
-    return _distinct(found.mappings().all(), limit)
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._sizes = Sizes()
+        self._groups = {
+            scoped: Gathering(self._ask, most=_TOGETHER, name="promptmill-neighbours")
+            for scoped in (True, False)
+        }
+
+    async def nearest(
+        self, *, namespace: str, embedder: str, vector: Vector, limit: int, scope: bytes | None
+    ) -> Sequence[Neighbour]:
+        """Return live neighbours, nearest first, each answer once.
+
+        Args:
+            namespace: Tenant.
+            embedder: Name of what made `vector`.
+            vector: Shape [dimensions], unit length.
+            limit: How many at most.
+            scope: When given, only whole prompts of this scope.
+
+        Returns:
+            The neighbours; the similarity is that of the nearest part of each stored prompt.
+        """
+        asked = vector_text(vector)
+        if asked is None or limit < 1:
+            return []
+        group = self._groups[scope is not None]
+        return await group.get(Asked(namespace, scope, embedder, limit, asked)) or []
+
+    async def _ask(self, asked: Sequence[Asked]) -> dict[Asked, list[Neighbour]]:
+        alike: defaultdict[tuple[str, bytes | None, str, int], list[Asked]] = defaultdict(list)
+        for one in asked:
+            alike[one.namespace, one.scope, one.embedder, one.limit].append(one)
+        found: dict[Asked, list[Neighbour]] = {}
+        async with self._database.connection() as connection:
+            for together in alike.values():
+                found |= await self._ask_alike(together, connection)
+        return found
+
+    async def _ask_alike(
+        self, asked: Sequence[Asked], connection: AsyncConnection
+    ) -> dict[Asked, list[Neighbour]]:
+        """Ask for vectors that differ in nothing else."""
+        first = asked[0]
+        scoped = first.scope is not None
+        values: dict[str, Any] = {
+            "namespace": first.namespace,
+            "scope": first.scope,
+            "vectors": [one.vector for one in asked],
+            "fetch": max(first.limit * _MORE[scoped], _AT_LEAST[scoped]),
+        }
+        if first.embedder != EMBEDDER or not await self._sizes.large(
+            first.namespace, first.scope, connection
+        ):
+            found = await connection.execute(_EXACT, {**values, "embedder": first.embedder})
+        else:
+            found = await connection.execute(_APPROXIMATE, values)
+        rows: list[list[RowMapping]] = [[] for _ in asked]
+        for row in found.mappings():
+            rows[row["place"] - 1].append(row)
+        return {one: _distinct(near, one.limit) for one, near in zip(asked, rows, strict=True)}
 
 
 def _distinct(rows: Sequence[RowMapping], limit: int) -> list[Neighbour]:
