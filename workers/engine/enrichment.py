@@ -121,12 +121,15 @@ class Enrichers:
     async def _guarded(self, name: str, action: Callable[[], Awaitable[_T]], budget_s: float) -> _T:
         """Run one stage in its turn, under its breaker and budget."""
         gate = self._gates[name]
-        try:
-            async with asyncio.timeout(budget_s):
-                await gate.acquire()
-        except TimeoutError:
-            msg = f"{name} was busy for more than {budget_s:g} s"
-            raise TimeoutError(msg) from None
+        if gate.locked():
+            try:
+                async with asyncio.timeout(budget_s):
+                    await gate.acquire()
+            except TimeoutError:
+                msg = f"{name} was busy for more than {budget_s:g} s"
+                raise TimeoutError(msg) from None
+        else:
+            await gate.acquire()  # at once
         try:
             return await self._tried(name, action, budget_s)
         finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid5
 
@@ -34,7 +33,7 @@ def outputs_text(answer: StoredAnswer) -> str:
         JSON that a jsonb column takes.
     """
     document: dict[str, Any] = {
-        "completions": [asdict(completion) for completion in answer.completions]
+        "completions": [vars(completion) for completion in answer.completions]
     }
     if answer.prompt_logprobs is not None:
         document["prompt_logprobs"] = answer.prompt_logprobs
@@ -43,7 +42,7 @@ def outputs_text(answer: StoredAnswer) -> str:
         document["pooled_dtype"] = answer.pooled_dtype
     if answer.similar is not None:
         document["similar"] = [
-            {**asdict(neighbour), "answer_id": str(neighbour.answer_id)}
+            {**vars(neighbour), "answer_id": str(neighbour.answer_id)}
             for neighbour in answer.similar
         ]
     if answer.enrichments:
