@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from schema.errors import InvalidRequestError
 from schema.tables import EMBEDDER
@@ -341,3 +341,33 @@ async def test_recall_under_a_namespace_filter(
             right += len(truth & {neighbour.prompt for neighbour in found})
             asked += len(truth)
         assert right / asked >= 0.98, (namespace, right / asked)
+
+
+async def test_look_ups_at_the_same_time_share_statements_and_nothing_else(
+    database: Database, answer_store: PostgresAnswers
+) -> None:
+    vectors = unit_vectors(30, seed=5)
+    await _fill(database, "mine", vectors[:20], scope=b"scope")
+    await _fill(database, "yours", vectors[10:])
+    asked = [
+        {"namespace": namespace, "scope": scope, "vector": vector, "limit": limit}
+        for vector in vectors[::3]
+        for namespace, scope, limit in (
+            ("mine", None, 3),
+            ("mine", b"scope", 2),
+            ("yours", None, 4),
+        )
+    ]
+    alone = [await answer_store.nearest(embedder=EMBEDDER, **one) for one in asked]  # type: ignore[arg-type]
+    statements: list[str] = []
+
+    def executed(_conn: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    event.listen(database._engine.sync_engine, "before_cursor_execute", executed)
+    together = await asyncio.gather(
+        *(answer_store.nearest(embedder=EMBEDDER, **one) for one in asked)  # type: ignore[arg-type]
+    )
+    assert together == alone
+    assert {len(found) for found in together} == {2, 3, 4}
+    assert len(statements) < len(asked) / 2

@@ -101,3 +101,33 @@ async def test_a_flight_is_as_urgent_as_its_most_urgent_reader(
     airport.native.collector.put(output(piece("a", [1], end="stop"), finished=True))
     await flight.ended()
     assert [call.get("priority") for call in airport.asked] == [asked]
+
+
+@pytest.mark.parametrize("stays", [True, False])
+async def test_enrichment_begins_when_vllm_has_the_request(
+    stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    airport, has_it = Airport(), asyncio.Event()
+    enriched: list[bool] = []
+    monkeypatch.setattr(airport.flights, "enrich", lambda *_: enriched.append(has_it.is_set()))
+
+    async def add(**call: Any) -> Any:
+        airport.asked.append(call)
+        await has_it.wait()
+        return airport.native.collector
+
+    monkeypatch.setattr(airport.flights, "_add", add)
+    flight = airport.board("r", None)
+    (reader,) = flight.stream.readers
+    airport.store.free.set()
+    async with asyncio.timeout(10):
+        while not airport.asked:
+            await asyncio.sleep(0)
+        if not stays:
+            reader.close()
+        has_it.set()
+        await (flight.ready() if stays else flight.ended())
+        assert flight.notes.looked_up.is_set()
+    assert enriched == ([True] if stays else [])
+    flight.cancel()
+    await flight.ended()

@@ -17,7 +17,7 @@ from workers.engine.config import HandlerConfig
 from workers.engine.delivery import ANSWER_ENRICHMENTS, ANSWER_NLP, RequestDelivery
 from workers.engine.durable import DurableTier
 from workers.engine.enrichment import Enrichers, EnrichmentRun
-from workers.engine.flight import Flight, Reader, Stream
+from workers.engine.flight import Flight, Reader
 from workers.engine.notes import FlightNotes
 from workers.engine.pace import Pace
 from workers.engine.plan import RequestPlan
@@ -139,14 +139,13 @@ class Flights:
         name = (scope.namespace, planned.key or b"", planned.streams)
         started = time.perf_counter()
 
-        async def look_up(stream: Stream) -> bool:
-            try:
-                found = await self._durable.look_up(stream, planned, scope, flight.notes)
-                if not found:
-                    flight.notes.enrichment = self.enrich(planned, scope)
-            finally:
-                flight.notes.looked_up.set()
-            return found
+        async def start() -> RequestOutputCollector:
+            native = await self._add(**call)
+            # Not before: in a burst, enrichment would hold up the generations of the others.
+            if flight.stream.readers:
+                flight.notes.enrichment = self.enrich(planned, scope)
+            flight.notes.looked_up.set()
+            return native
 
         def gone(ended: Flight) -> None:
             if self._by_name.get(name) is ended:
@@ -158,8 +157,8 @@ class Flights:
                 self._durable.unmark(ended.notes, planned, scope)
 
         flight = Flight(
-            look_up=look_up,
-            start=lambda: self._add(**call),
+            look_up=lambda stream: self._durable.look_up(stream, planned, scope, flight.notes),
+            start=start,
             abort=lambda native_id: self._abort(native_id, internal=True),
             turn=self._pace.turn,
             landed=lambda ended: self._landed(ended, planned, scope, started),
