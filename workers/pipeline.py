@@ -2,7 +2,8 @@
 
 Read it from top to bottom:
 
-1. `run_message` takes a queue message. Jobs that came in full are written to Postgres first.
+1. `run_message` takes a queue message. Jobs that came in full are written to Postgres first, by
+   `Intake`.
 2. As engine slots free, jobs are claimed: a lease, and a fencing token that only grows.
 3. `_run` answers one job, while the lease keeper renews its lease. Requests that this worker knows
    the answer to need no run: they skip to the next step, all of a group together.
@@ -19,30 +20,26 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import UUID, uuid4
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import structlog
 from cachetools import LRUCache
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from schema.errors import (
-    BrokerUnavailableError,
-    CallerError,
-    DatabaseUnavailableError,
-    IdempotencyConflictError,
-    InvalidRequestError,
-)
-from schema.jobs import JobError, JobResult, JobState
+from schema.errors import BrokerUnavailableError, DatabaseUnavailableError
+from schema.jobs import JobError, JobState
 from schema.names import DEFAULT_PRIORITY
 from workers import job_lines, logs
 from workers.answering import Answerer, TryAgainError, failed
 from workers.display import Display
+from workers.growing_text import GrowingText
 from workers.hits import HitCounter
+from workers.intake import Intake
 from workers.leases import Holding, LeaseKeeper, Stopped
+from workers.patience import Patience
 from workers.publishing import Publisher
 from workers.recall import Recall
 from workers.slots import Slots
@@ -52,14 +49,12 @@ from workers.tracing import Tracing, describe_answer, trace_id
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from schema.jobs import JobSpec
-    from schema.wire import JobMessage, RefusedJob
+    from schema.wire import JobMessage
     from workers.channel import ResultChannel
     from workers.metrics import Meter
     from workers.store.commit import GroupCommit
     from workers.store.jobs import JobStore
 
-_T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
 
 _IDLE_LOOK_S = 0.02
@@ -142,6 +137,14 @@ class Pipeline:
         self._recall = recall
         self._meter = meter
         self._tracing = tracing
+        self._patience = Patience(first_s=rules.waiting_s, most_s=rules.waiting_most_s)
+        self._intake = Intake(
+            jobs,
+            publish=self._publish,
+            patience=self._patience,
+            model=rules.model,
+            max_attempts=rules.max_attempts,
+        )
         self._one_suspect = asyncio.Lock()
         self._stored: LRUCache[UUID, bool] = LRUCache(_STORED_REMEMBERED)
         self._in_hand: dict[object, float] = {}  # messages, and when each was written
@@ -169,7 +172,7 @@ class Pipeline:
         in_hand = object()
         self._in_hand[in_hand] = message.sent_at
         try:
-            await self._run_all([*message.ids, *await self._admit(message)], priority)
+            await self._run_all([*message.ids, *await self._intake.admit(message)], priority)
         finally:
             del self._in_hand[in_hand]
 
@@ -290,75 +293,9 @@ class Pipeline:
         left = {*ids} - {job.id for job in claim.jobs} - {end.result.job_id for end in claim.ended}
         if not left:
             return []
-        return await self._patiently("look for suspects", lambda: self._jobs.suspects_among(left))
-
-    async def _admit(self, message: JobMessage) -> list[UUID]:
-        """Write rows for jobs that came in full, so that they are treated like all others."""
-        for refusal in message.refused:
-            await self._refuse(refusal, message.namespace)
-        if not message.jobs:
-            return []
-        return await self._patiently(
-            "write jobs", lambda: self._admit_specs(message.jobs, message.traceparent)
+        return await self._patience.until_done(
+            "look for suspects", lambda: self._jobs.suspects_among(left)
         )
-
-    async def _admit_specs(self, specs: Sequence[JobSpec], traceparent: str | None) -> list[UUID]:
-        try:
-            admission = await self._jobs.admit(
-                specs,
-                default_model=self._rules.model,
-                sent=True,
-                max_attempts=self._rules.max_attempts,
-                traceparent=traceparent,
-            )
-        except CallerError as exc:
-            if len(specs) == 1:
-                return await self._refuse_spec(specs[0], exc)
-            # One of them cannot be written: find it, and let the others in.
-            admitted = []
-            for spec in specs:
-                admitted += await self._admit_specs([spec], traceparent)
-            return admitted
-        return sorted({*admission.inserted, *admission.known})
-
-    async def _refuse_spec(self, spec: JobSpec, error: CallerError) -> list[UUID]:
-        if isinstance(error, IdempotencyConflictError):
-            # The first job under the key goes on; this one must not speak in its name.
-            _log.warning("job refused", job_id=str(spec.id), reason=str(error))
-            return []
-        refusal_of = error if isinstance(error, InvalidRequestError) else None
-        await self._publish_unwritten(spec.id, spec.namespace, spec.channel, str(error), refusal_of)
-        return []
-
-    async def _refuse(self, refusal: RefusedJob, namespace: str) -> None:
-        await self._publish_unwritten(
-            refusal.id or uuid4(), namespace, refusal.channel, str(refusal.error), refusal.error
-        )
-
-    async def _publish_unwritten(
-        self,
-        job_id: UUID,
-        namespace: str,
-        channel: str,
-        message: str,
-        error: InvalidRequestError | None,
-    ) -> None:
-        """Tell the sender of a job that could not be written; it has no row, so only once."""
-        result = JobResult(
-            job_id=job_id,
-            namespace=namespace,
-            status=JobState.FAILED,
-            token=0,
-            error=JobError(
-                type="InvalidRequestError",
-                message=message,
-                field=error.field if error else None,
-                value=error.value if error else None,
-                status_code=400,
-            ),
-            finished_at=datetime.now(UTC),
-        )
-        await self._publish([Delivery(channel=channel, result=result)])
 
     async def _claim(self, ids: Sequence[UUID], taken: int) -> Claim:
         """Claim what can be claimed; slots that are not needed are given back."""
@@ -376,7 +313,7 @@ class Pipeline:
             # What is claimed now would only be blamed. The process ends in a moment, and the
             # message goes back.
             await asyncio.get_running_loop().create_future()
-        claim = await self._patiently(
+        claim = await self._patience.until_done(
             "claim jobs",
             lambda: self._jobs.claim(
                 ids, owner=self._rules.owner, lease_s=self._rules.lease_s, suspects=suspects
@@ -457,7 +394,9 @@ class Pipeline:
             # Which of the jobs in flight killed it cannot be told: all of them are suspects.
             self.engine_died.set()
             self._meter.returned(job, "engine-died")
-            await self._patiently("give jobs back", lambda: self._jobs.suspect({job.id: job.token}))
+            await self._patience.until_done(
+                "give jobs back", lambda: self._jobs.suspect({job.id: job.token})
+            )
             return None
         except TryAgainError as exc:
             return await self._try_again(job, exc.error)
@@ -488,7 +427,7 @@ class Pipeline:
         delay_s = self._rules.delay_s(job.attempts)
         self._meter.put_back(job)
         job_lines.put_back(job, error, delay_s=delay_s)
-        await self._patiently(
+        await self._patience.until_done(
             "give a job back",
             lambda: self._jobs.retry_later(job.id, job.token, delay_s=delay_s, error=error),
         )
@@ -515,7 +454,7 @@ class Pipeline:
             for _job, outcome in ended
         ]
         with self._tracing.span("commit"):
-            standing = await self._patiently(
+            standing = await self._patience.until_done(
                 "commit outcomes", lambda: self._commit_group.finish_all(new)
             )
         for job, outcome in ended:
@@ -539,21 +478,8 @@ class Pipeline:
             return False  # committed and unpublished: recovery publishes it
         return True
 
-    def _on_text(self, job: ClaimedJob) -> _TokenStream | None:
-        return _TokenStream(self._channel, job) if job.options.get("stream") else None
-
-    async def _patiently(self, what: str, action: Callable[[], Awaitable[_T]]) -> _T:
-        """Repeat an action of Postgres' until it works, saying once what is waited for."""
-        wait_s, said = self._rules.waiting_s, False
-        while True:
-            try:
-                return await action()
-            except DatabaseUnavailableError as exc:
-                if not said:
-                    _log.warning("waiting for Postgres", to=what, reason=str(exc))
-                    said = True
-                await asyncio.sleep(wait_s * random.uniform(0.5, 1))  # noqa: S311  no secret
-                wait_s = min(wait_s * 2, self._rules.waiting_most_s)
+    def _on_text(self, job: ClaimedJob) -> GrowingText | None:
+        return GrowingText(self._channel, job) if job.options.get("stream") else None
 
 
 def _attributes(job: ClaimedJob) -> dict[str, Any]:
@@ -565,24 +491,3 @@ def _attributes(job: ClaimedJob) -> dict[str, Any]:
         "model": job.model,
         "attempt": job.attempts,
     }
-
-
-class _TokenStream:
-    """Puts the text of one growing answer on its token stream; Redis away costs only deltas."""
-
-    def __init__(self, channel: ResultChannel, job: ClaimedJob) -> None:
-        self._channel = channel
-        self._job = job
-        self._begun = False
-
-    async def __call__(self, index: int, offset: int, text: str) -> None:
-        try:
-            if not self._begun:
-                # A run before this one may have left a part of its own answer.
-                self._begun = True
-                await self._channel.drop_tokens(self._job.namespace, self._job.id)
-            await self._channel.append_tokens(
-                self._job.namespace, self._job.id, [(index, offset, text)]
-            )
-        except BrokerUnavailableError:
-            return  # the answer itself comes from Postgres
