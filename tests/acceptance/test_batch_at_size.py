@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -29,7 +30,7 @@ async def test_memory_does_not_grow_with_the_file(stack: LocalStack, tmp_path: P
 async def test_both_orders_answer_every_row(client: AsyncJobClient, tmp_path: Path) -> None:
     found = await prefix_order.compare(client, tmp_path, documents=2, questions=2)
     assert {figure.name for figure in found} > {"grouping_gain", "prefix_share_grouped"}
-    names = [row["custom_id"] for row in prefix_order.rows(2, 2)]
+    names = [str(row["custom_id"]) for row in prefix_order.rows(2, 2)]
     for order in ("as-read", "grouped"):
         lines = (tmp_path / f"{order}.jsonl").read_text().splitlines()
         assert sorted(json.loads(line)["custom_id"] for line in lines) == sorted(names)
@@ -39,7 +40,11 @@ async def test_both_orders_answer_every_row(client: AsyncJobClient, tmp_path: Pa
 async def test_rows_that_must_fit_a_schema(
     client: AsyncJobClient, tmp_path: Path, fits: bool
 ) -> None:
-    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"yes": {"type": "boolean"}},
+        "required": ["yes"],
+    }
     schema["additionalProperties"] = False
     body = {
         "messages": [{"role": "user", "content": "Is it so?"}],

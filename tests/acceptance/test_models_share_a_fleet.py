@@ -88,7 +88,8 @@ def test_adapters_and_further_names_have_queues_of_their_own(tmp_path: Path):
         assert client.served_models() == {"smollm2-135m-instruct", "x", "y", "z"}
 
         def ask(model: str | None, **asked: Any) -> tuple[str, str]:
-            job = client.submit(**asked, sampling=sampling, **({"model": model} if model else {}))
+            named: dict[str, Any] = {"model": model} if model else {}
+            job = client.submit(**asked, sampling=sampling, **named)
             result = job.result(120)
             assert result.text, result.error
             return result.text, result.metadata["provenance"]

@@ -86,6 +86,7 @@ class Played:
         done = 0
         key = names.priority_list(names.queue(MODEL), names.DEFAULT_PRIORITY)
         while (item := await self._redis.rpop(key)) is not None:
+            assert isinstance(item, (str, bytes))
             message = wire.decode(json.loads(item)["headers"][names.JOBS_HEADER])
             claim = await self._store.claim(message.ids, owner="played", lease_s=60)
             outcomes = [self._outcome(job) for job in claim.jobs]

@@ -81,7 +81,7 @@ async def _run(system: Deployed, client: AsyncJobClient, namespace: str, jobs: i
         await job.result(_WAIT_S)
     database = (await client.connection()).require_database()
     async with database.connection() as connection:
-        with system.worker_stopped():
+        with system.workers_stopped():
             await client.submit_many(prompts, namespace=namespace)
             held = int(await connection.scalar(_HELD, {"namespace": namespace}) or 0)
             before, started = system.processor_s(), time.perf_counter()

@@ -123,7 +123,7 @@ def figures(*, quick: bool) -> list[Figure]:
 
 
 async def _measure(size: Size) -> list[Figure]:
-    silent = {"metrics_port": 0}
+    silent: dict[str, Any] = {"metrics_port": 0}
     words = (*_ARGUMENTS, "--disable-log-stats")
     switch = Switch()
     with _collector() as url:

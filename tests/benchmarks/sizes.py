@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -94,7 +93,7 @@ def figures(*, quick: bool) -> list[Figure]:
     Args:
         quick: Smaller files and stores.
     """
-    files = _QUICK_FILES if quick else FILES[:-1]
+    files: tuple[int, ...] = _QUICK_FILES if quick else FILES[:-1]
     found = asyncio.run(_measure(files, _QUICK_STORED if quick else STORED))
     return [*_of_files(found.files), *_of_stores(found.stores)]
 
@@ -293,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--most-rows", type=int, default=FILES[-1], help="of the longest file")
     parser.add_argument("--docs", type=Path, help="folder to write the table and the plot to")
     options = parser.parse_args(arguments)
-    files = _QUICK_FILES if options.quick else FILES
+    files: tuple[int, ...] = _QUICK_FILES if options.quick else FILES
     files = tuple(rows for rows in files if rows <= options.most_rows)
 
     def so_far(found: Sizes) -> None:
@@ -312,4 +311,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -123,8 +123,8 @@ async def equip(llm: EnhancedAsyncLLM) -> AsyncIterator[Equip]:
 
     def equip(config: HandlerConfig = PLAIN, **parts: Any) -> Equipped:
         equipped = Equipped.__new__(Equipped)
-        vars(equipped).update(vars(llm))
-        shared = {
+        equipped.__dict__.update(vars(llm))
+        shared: dict[str, Any] = {
             name: Kept(part) if name in ("analyser", "embedder") else part
             for name, part in parts.items()
         }

@@ -86,6 +86,7 @@ async def test_a_body_is_the_same_whether_it_was_streamed_or_not(
         for name in ("id", "created"):
             body.pop(name)
     assert bodies[0] == bodies[1] == bodies[2]
+    assert bodies[0] is not None
     assert bodies[0]["usage"]["completion_tokens"] == 24
 
 

@@ -77,7 +77,7 @@ def no_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_core")
 def test_every_way_of_construction_makes_the_same(llm: EnhancedAsyncLLM) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": str(bundled_model()),
         "served_model_name": "smollm2-135m-instruct",
         "max_model_len": 2048,

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 
 def started(**kwargs: Any) -> EnhancedAsyncLLM:
     """Start an engine of another kind than the one that the other tests share."""
-    common = {"max_model_len": 256, "enforce_eager": True, "dtype": "float32"}
+    common: dict[str, Any] = {"max_model_len": 256, "enforce_eager": True, "dtype": "float32"}
     model = str(bundled_model())
     return EnhancedAsyncLLM(model=model, handler_config=PLAIN, **common, **kwargs)
 

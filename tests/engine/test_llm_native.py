@@ -50,7 +50,7 @@ def as_plain(output: Any) -> dict[str, Any]:
 async def natively(llm: Equipped, prompt: Any, params: Any, request_id: str) -> list[Any]:
     """Return all outputs of one request of vLLM's own, not ours."""
     collector = await AsyncLLM.add_request(llm, request_id, prompt, params)
-    outputs = []
+    outputs: list[Any] = []
     while not outputs or not outputs[-1].finished:
         outputs.append(await collector.get())
     return outputs
@@ -178,7 +178,7 @@ async def test_streaming_input_passes_through(plain: Equipped) -> None:
 
 async def test_the_end_of_streaming_input_is_vllms_own_object(plain: Equipped) -> None:
     async def nothing() -> AsyncGenerator[StreamingInput, None]:
-        for part in ():
+        for part in list[Any]():
             yield part
 
     params = SamplingParams(temperature=0.0, max_tokens=4, output_kind=RequestOutputKind.DELTA)
@@ -223,7 +223,7 @@ async def test_what_steers_a_request_reaches_the_core(
     monkeypatch.setattr(core, "add_request_async", watched)
     # Without a collector of traces vLLM drops their headers.
     monkeypatch.setattr(plain.observability_config, "otlp_traces_endpoint", "grpc://nowhere:1")
-    steering = {
+    steering: dict[str, Any] = {
         "priority": 7,
         "data_parallel_rank": 0,
         "trace_headers": {"traceparent": "00-aa-bb-01"},

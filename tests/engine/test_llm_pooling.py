@@ -96,7 +96,7 @@ async def test_vectors_are_shared_stored_and_given_again(
 ) -> None:
     """Through vLLM's own `encode`, with a store of the test's own."""
     llm = Equipped.__new__(Equipped)
-    vars(llm).update(vars(embedding_answerer._llm))
+    llm.__dict__.update(vars(embedding_answerer._llm))
     llm._equip(PLAIN, Parts(store=answer_store))
 
     async def encoded(text: str, request_id: str) -> PoolingRequestOutput:

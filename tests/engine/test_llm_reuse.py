@@ -86,8 +86,9 @@ async def test_an_answer_ends_with_its_time(equip: Equip) -> None:
     for one, scope in ((llm, brief), (equip(configured), RequestScope())):
         assert not await cached(one, scope)
         (answer,) = one.memory._answers.values()
+        assert answer.expires_at is not None
         assert answer.expires_at - answer.created_at == pytest.approx(0.2)
-        await until(lambda a=answer, m=one.memory: m.get(a.namespace, a.fingerprint) is None)
+        await until(lambda a=answer, m=one.memory: m.get(a.namespace, a.fingerprint) is None)  # type: ignore[misc]  # mypy infers no defaults of a lambda
         assert not await cached(one, scope)
 
 

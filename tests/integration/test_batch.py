@@ -101,6 +101,7 @@ class PlayedWorker:
             if item is None:
                 await asyncio.sleep(0.01)
                 continue
+            assert isinstance(item, (str, bytes))
             message = wire.decode(json.loads(item)["headers"][names.JOBS_HEADER])
             claim = await self.store.claim(message.ids, owner="played", lease_s=30)
             for at, job in enumerate(claim.jobs):

@@ -53,6 +53,7 @@ class Command:
         store = JobStore(database)
         key = names.priority_list(names.queue(self.model), names.DEFAULT_PRIORITY)
         while (item := await redis.rpop(key)) is not None:
+            assert isinstance(item, (str, bytes))
             message = wire.decode(json.loads(item)["headers"][names.JOBS_HEADER])
             claim = await store.claim(message.ids, owner="played", lease_s=30)
             for job in claim.jobs:

@@ -55,6 +55,7 @@ class PlayedWorker:
         for priority in names.PRIORITIES:
             key = names.priority_list(names.queue(self.model), priority)
             while (item := await self.redis.rpop(key)) is not None:
+                assert isinstance(item, (str, bytes))
                 found.append(wire.decode(json.loads(item)["headers"][names.JOBS_HEADER]))
         return found
 

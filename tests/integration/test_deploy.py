@@ -56,7 +56,7 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def redis_url(secrets: Path) -> Iterator[Callable[[str], str]]:
     """Address, for a role, of a Valkey that knows the users of users.acl only."""
     path = secrets.parent / "valkey.sock"
-    command = [valkey_binary(), "--port", "0", "--unixsocket", path, "--save", ""]
+    command: list[str | Path] = [valkey_binary(), "--port", "0", "--unixsocket", path, "--save", ""]
     command += ["--aclfile", secrets / "valkey-users.acl"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     until = time.monotonic() + 30

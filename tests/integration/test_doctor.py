@@ -21,9 +21,8 @@ from sqlalchemy.engine import make_url
 
 from schema import names
 from tests.integration.builders import admit, spec
-from workers import strangers
+from workers import hardware, strangers
 from workers.cli import main
-from workers.doctor import machine
 from workers.doctor.database import clock
 from workers.doctor.findings import Severity
 from workers.servers import valkey_binary
@@ -77,11 +76,12 @@ def doctor(
 @pytest.fixture
 def valkey(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Start a Valkey with options of one's own; return its address."""
-    servers = []
+    servers: list[subprocess.Popen[bytes]] = []
 
     def start(*options: str) -> str:
         path = tmp_path / f"v{len(servers)}.sock"
-        command = [valkey_binary(), "--port", "0", "--unixsocket", path, "--save", "", *options]
+        command = [str(valkey_binary()), "--port", "0", "--unixsocket", str(path)]
+        command += ["--save", "", *options]
         servers.append(subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL))
         until = time.monotonic() + 30
         while True:
@@ -324,7 +324,7 @@ def test_what_was_left_behind(doctor: Doctor, monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_a_full_disk(doctor: Doctor, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(machine.hardware, "free_disk_bytes", lambda _folder: 10**8)
+    monkeypatch.setattr(hardware, "free_disk_bytes", lambda _folder: 10**8)
     found = doctor(3)
     assert found.keys() == {"disk (data)", "disk (cache)"}
     assert "PROMPTMILL_DATA_DIR" in found["disk (data)"]["remedy"]
@@ -374,7 +374,7 @@ def test_a_check_that_fails_ends_no_other(doctor: Doctor, monkeypatch: pytest.Mo
     def broken(_folder: Path) -> int:
         raise RuntimeError("broke")
 
-    monkeypatch.setattr(machine.hardware, "free_disk_bytes", broken)
+    monkeypatch.setattr(hardware, "free_disk_bytes", broken)
     found = doctor(3)
     assert "RuntimeError: broke" in found["disk"]["found"]
     assert list(found) == ["disk"]

@@ -83,6 +83,7 @@ class Queue:
             for priority in names.PRIORITIES:
                 key = names.priority_list(names.queue(self.model), priority)
                 if (item := await self.redis.rpop(key)) is not None:
+                    assert isinstance(item, (str, bytes))
                     message = wire.decode(orjson.loads(item)["headers"][names.JOBS_HEADER])
                     claim = await self.jobs.claim(message.ids, owner="w", lease_s=60)
                     taken += [job.namespace for job in claim.jobs]
@@ -165,7 +166,7 @@ async def test_no_pass_reads_the_backlog(queue: Queue, database: Database) -> No
     await fill(database, "huge", queue.model, MANY)
     await fill(database, "small", queue.model, 2)
     await change(database, "ANALYZE jobs")
-    statements = {
+    statements: dict[Any, dict[str, Any]] = {
         release._WAITING: {},
         release._STANDING: {"model": queue.model, "bound": 1000},
         release._RELEASE: {

@@ -80,7 +80,7 @@ async def test_parquet_in_and_out(client: AsyncJobClient, worker: PlayedWorker, 
 async def test_whole_requests_in_parquet(
     client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path
 ):
-    bodies = [{"messages": [{"role": "user", "content": "one"}], "end": None}]
+    bodies: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": "one"}], "end": None}]
     bodies += [{"messages": [{"role": "user", "content": "two"}], "end": "length"}]
     requests = {
         "custom_id": ["a", "b"],

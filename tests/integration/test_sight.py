@@ -179,7 +179,7 @@ async def test_a_repeat_has_the_spans_of_a_job_that_ran(
         assert job.parent is not None
         assert job.parent.span_id == span_id(submit)
         # One after the other, and all of it within the job's own.
-        times = [at for span in below for at in (span.start_time, span.end_time)]
+        times = [at for span in below for at in (span.start_time or 0, span.end_time or 0)]
         assert times == sorted(times)
         assert job.start_time == times[0]
         assert (job.end_time or 0) >= (times[-1] or 0)

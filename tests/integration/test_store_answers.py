@@ -50,7 +50,7 @@ def test_it_is_an_answer_store(answer_store: PostgresAnswers) -> None:
         {},
         {"prompt": "NUL \x00 here"},
         {"kind": "pooling", "pooled": [[0.1, 2.0, -3.5]], "pooled_dtype": "float32"},
-        {"kind": "pooling", "pooled": np.float32([0.1, 1e-30]).tolist()},
+        {"kind": "pooling", "pooled": np.array([0.1, 1e-30], np.float32).tolist()},
         {"kind": "pooling", "pooled": [[1.0], [2.0, float("nan")]]},
         {"kind": "pooling", "pooled": [0.1, None]},
     ],
@@ -279,7 +279,7 @@ async def test_a_neighbour_is_named_once_and_clauses_do_not_serve(
 
 
 async def test_vectors_of_another_embedder_are_apart(answer_store: PostgresAnswers) -> None:
-    short = np.float32([0.6, 0.8])
+    short = np.array([0.6, 0.8], np.float32)
     part = PartVector(part=0, vector=short, embedder="tiny")
     given = answer(vectors=(part,))
     await answer_store.put(given)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -240,7 +240,7 @@ def shape(url: str) -> dict[str, dict]:
 
 
 @pytest.fixture
-def walked(empty_database_url: str) -> Iterator[list[tuple[str, dict[str, dict]]]]:
+def walked(empty_database_url: str) -> list[tuple[str, dict[str, dict]]]:
     """The shape of the tables after each revision."""
     found = []
     for revision in history():

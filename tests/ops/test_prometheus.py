@@ -113,7 +113,7 @@ class Load:
         for stop in (self._client.cancel, self._give_to_another):
             sampling = {"max_tokens": 400, "ignore_eos": True}
             job = self._client.submit(f"Count in {place}:", sampling=sampling, reuse="off")
-            wait_for(lambda job=job: job.status().state == "running", "no job runs")
+            wait_for(lambda job=job: job.status().state == "running", "no job runs")  # type: ignore[misc]  # mypy infers no defaults of a lambda
             stop(job.id)
 
     def _ask(self, prompt: str, *, max_tokens: int = 8, **options: Any) -> None:

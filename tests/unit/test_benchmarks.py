@@ -45,7 +45,11 @@ def test_nested_results_become_dotted_names() -> None:
 def test_every_benchmark_offers_figures(benchmark: Benchmark) -> None:
     """A registered module has the function that the runner calls."""
     source = Path(runner.__file__).with_name(f"{benchmark.name}.py").read_text()
-    functions = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
+    functions = {
+        node.name: node
+        for node in ast.parse(source).body
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
     assert "figures" in functions
     assert [given.arg for given in functions["figures"].args.kwonlyargs] == ["quick"]
 

@@ -89,7 +89,9 @@ GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-aaaa1111-2222)
   MIG 3g.20gb     Device  1: (UUID: MIG-cccc1111-2222)
 GPU 1: NVIDIA H100 PCIe (UUID: GPU-dddd1111-2222)
 """
-    first, second = gpus(listing) or ()
+    found = gpus(listing)
+    assert found is not None
+    first, second = found
     assert first.slices == ("MIG-bbbb1111-2222", "MIG-cccc1111-2222")
     assert (second.index, second.name, second.uuid) == (1, "NVIDIA H100 PCIe", "GPU-dddd1111-2222")
     assert second.answers_to("1")

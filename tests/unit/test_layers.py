@@ -132,8 +132,8 @@ def test_celery_is_known_to_few():
 
 def test_the_client_needs_no_worker():
     heavy = {"vllm", "torch", "spacy", "transformers", "sentence_transformers", "celery", "kombu"}
-    light = ("client", "aio_client", "jobs", "submission", "sending", "outcome", "connection")
-    light += ("settings", "channel", "consumer", "token_stream", "batch", "endpoints", "health")
+    light = ["client", "aio_client", "jobs", "submission", "sending", "outcome", "connection"]
+    light += ["settings", "channel", "consumer", "token_stream", "batch", "endpoints", "health"]
     for name in light:
         assert foreign(ROOT / f"workers/{name}.py") & heavy == set(), name
 

@@ -19,6 +19,7 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture
 def preflight() -> ModuleType:
     spec = importlib.util.spec_from_file_location("preflight", ROOT / "tools" / "preflight.py")
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -77,7 +78,7 @@ def test_the_script_ends_in_one_line(
     tmp_path: Path, device: str, python: str | None, line: str
 ) -> None:
     for name in ("dirname",):
-        (tmp_path / name).symlink_to(shutil.which(name))
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
     if python:  # a shim without an interpreter behind it
         (tmp_path / "python3.11").write_text(f"#!/bin/sh\n{python}\n")
         (tmp_path / "python3.11").chmod(0o755)

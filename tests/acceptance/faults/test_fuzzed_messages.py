@@ -131,6 +131,7 @@ async def _told(redis: Redis) -> dict[UUID, JobResult]:
     found: dict[UUID, JobResult] = {}
     async for stream in redis.scan_iter(match=names.results_stream("*", "*"), count=1000):
         for _at, fields in await redis.xrange(stream):
+            assert fields is not None
             result = JobResult.model_validate_json(fields[b"result"])
             found[result.job_id] = result
     return found
