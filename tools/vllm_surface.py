@@ -150,14 +150,14 @@ def attributes(lines: list[ast.ClassDef]) -> set[str]:
                 found.add(node.name)
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 found.add(node.target.id)
-        for node in ast.walk(line):
+        for inner in ast.walk(line):
             if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.ctx, ast.Store)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "self"
+                isinstance(inner, ast.Attribute)
+                and isinstance(inner.ctx, ast.Store)
+                and isinstance(inner.value, ast.Name)
+                and inner.value.id == "self"
             ):
-                found.add(node.attr)
+                found.add(inner.attr)
     return found
 
 
