@@ -16,7 +16,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from schema import names
-from workers.cancellation import heed_cancellation
+from workers.cancellation import end, heed_cancellation
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -54,9 +54,7 @@ class Announcements:
     async def aclose(self) -> None:
         """Stop listening; idempotent."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
             self._task = None
 
     async def _listen(self) -> None:

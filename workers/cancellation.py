@@ -1,8 +1,10 @@
-"""Cancellations that get lost below us."""
+"""Cancelling tasks, and cancellations that get lost below us."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from typing import Any
 
 
 def heed_cancellation() -> None:
@@ -18,3 +20,14 @@ def heed_cancellation() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
+
+
+async def end(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait until it has ended.
+
+    Args:
+        task: Raises nothing else, or what it raises is meant for the caller.
+    """
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from schema.errors import PromptmillError
 from schema.jobs import Provenance
+from workers.cancellation import end
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,9 +85,7 @@ class HitCounter:
     async def aclose(self) -> None:
         """Write what has gathered, if that can be, and stop; idempotent."""
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
             self._task = None
             await self._try_to_flush()
 

@@ -13,7 +13,7 @@ from uuid import UUID
 import structlog
 
 from schema.errors import ServiceError
-from workers.cancellation import heed_cancellation
+from workers.cancellation import end, heed_cancellation
 
 if TYPE_CHECKING:
     from workers.store.jobs import JobStore
@@ -81,9 +81,7 @@ class LeaseKeeper:
     async def aclose(self) -> None:
         """Stop beating; idempotent. What is still held can be claimed once its lease has ended."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
             self._task = None
 
     @contextlib.contextmanager

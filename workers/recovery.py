@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from schema.errors import ServiceError
-from workers.cancellation import heed_cancellation
+from workers.cancellation import end, heed_cancellation
 from workers.store.locks import RECOVERY, only_one
 
 if TYPE_CHECKING:
@@ -147,9 +147,7 @@ class Recovery:
     async def aclose(self) -> None:
         """Stop; idempotent. A pass that is under way is cut, which leaves nothing half done."""
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
             self._task = None
 
     async def run_once(self) -> Recovered | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -18,7 +17,7 @@ import structlog
 from schema import names
 from schema.errors import BrokerUnavailableError
 from workers import logs, registry
-from workers.cancellation import heed_cancellation
+from workers.cancellation import end, heed_cancellation
 from workers.channel import ResultChannel
 from workers.connection import open_redis
 from workers.pauses import short_pauses
@@ -154,7 +153,7 @@ async def worker_runtime(
         _listen(stack, redis, llm, leases)
         announcing = _announce(redis, name, model.names, pipeline, observation)
         task = asyncio.create_task(announcing, name="promptmill-announce")
-        stack.push_async_callback(_end, task)
+        stack.push_async_callback(end, task)
         watchdog = Watchdog(llm, pipeline, timeout_s=settings.engine_timeout_s)
         watchdog.start()
         stack.push_async_callback(watchdog.aclose)
@@ -386,9 +385,3 @@ async def _announce(
         except BrokerUnavailableError as exc:
             _log.warning("waiting for Redis", reason=str(exc))
         await asyncio.sleep(_ANNOUNCE_S)
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task

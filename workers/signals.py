@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
-from workers.cancellation import heed_cancellation
+from workers.cancellation import end, heed_cancellation
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -73,9 +73,7 @@ class DoneSignals:
         """Stop reading and close the connection; idempotent."""
         reader, self._reader = self._reader, None
         if reader is not None:
-            reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await reader
+            await end(reader)
         pubsub, self._pubsub = self._pubsub, None
         if pubsub is not None:
             with contextlib.suppress(RedisError, OSError):

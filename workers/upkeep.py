@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import structlog
 
 from schema.errors import PromptmillError
+from workers.cancellation import end
 from workers.store.locks import UPKEEP, only_one
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ class Upkeep:
     async def aclose(self) -> None:
         """Stop; idempotent. A pass that is under way is cut, which leaves nothing half done."""
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
             self._task = None
 
     async def run_once(self) -> Tidied | None:

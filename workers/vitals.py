@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from workers.cancellation import heed_cancellation
+from workers.cancellation import end, heed_cancellation
 from workers.series import LAG_BUCKETS_S
 
 _LOOK_S = 0.25
@@ -37,9 +37,7 @@ class Vitals:
     async def aclose(self) -> None:
         """Stop watching; idempotent."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
             self._task = None
 
     def take_worst_lag_s(self) -> float:

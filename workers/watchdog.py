@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from workers.cancellation import end
+
 if TYPE_CHECKING:
     from workers.pipeline import Pipeline
 
@@ -55,9 +57,7 @@ class Watchdog:
         """Stop watching; idempotent."""
         self._closed.set()
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
             self._task = None
 
     async def _watch(self) -> None:
