@@ -322,6 +322,7 @@ async def test_a_model_that_nobody_serves_is_refused_when_that_is_known(
     settings: Settings, worker: PlayedWorker
 ):
     free = settings.model_copy(update={"served_model_name": None})
+    await worker.redis.delete(registry.SERVED_MODELS)  # a worker of another test's may stand there
     await registry.announce(worker.redis, [worker.model])
     try:
         async with AsyncJobClient(free) as client:
