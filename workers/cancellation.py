@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any
 
 
@@ -27,7 +26,11 @@ async def end(task: asyncio.Task[Any]) -> None:
 
     Args:
         task: Raises nothing else, or what it raises is meant for the caller.
+
+    Raises:
+        asyncio.CancelledError: The caller was cancelled while it waited; the task ends by itself.
     """
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()
