@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
-from schema.errors import InvalidRequestError
+from schema.errors import InvalidRequestError, ServiceError
 from schema.jobs import Completion, JobState, OpenAIRequest, PromptRequest, Reuse
 from tests.stand_ins import claimed_job, final_output
 from workers.answer_schema import SECOND_TEMPERATURE, fault_of, schema_of, second_try
@@ -20,6 +21,10 @@ from workers.json_schemas import check_schema
 from workers.schema_checker import SchemaChecker
 from workers.store.records import ClaimedJob
 
+_BOUND_S = 1.0  # a process that has just started checks its first schema by the metaschema in it
+_DEADLINE_S = 60.0
+_COSTLY = {"pattern": "^(a|a)*$"}
+_COSTLY_TEXT = '"' + "a" * 60 + '!"'
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}}}
 
 
@@ -119,7 +124,7 @@ async def test_nothing_is_fetched_for_a_schema(checker: SchemaChecker) -> None:
 async def test_a_check_that_would_take_for_ever_ends_and_nothing_waits_for_it(
     schema: dict[str, Any], text: str, says: str
 ) -> None:
-    checker = SchemaChecker(limit_s=0.3)
+    checker = SchemaChecker(limit_s=_BOUND_S)
     try:
         check = asyncio.create_task(fault_of(schema, [Completion(text=text)], checker))
         looks = 0
@@ -140,19 +145,39 @@ async def test_a_check_that_would_take_for_ever_ends_and_nothing_waits_for_it(
         await checker.aclose()
 
 
-async def test_a_cancelled_check_takes_its_process_along() -> None:
-    checker = SchemaChecker(limit_s=60)
-    costly = {"pattern": "^(a|a)*$"}
-    check = asyncio.create_task(checker.faults(costly, ['"' + "a" * 60 + '!"']))
-    while checker._child is None:
-        await asyncio.sleep(0.01)
-    process = checker._child.process
+@pytest.fixture
+async def patient() -> AsyncIterator[SchemaChecker]:
+    """One that a costly check keeps busy until something else ends it."""
+    made = SchemaChecker(limit_s=2 * _DEADLINE_S)
+    yield made
+    await made.aclose()
+
+
+async def process_of(checker: SchemaChecker) -> subprocess.Popen[bytes]:
+    async with asyncio.timeout(_DEADLINE_S):
+        while checker._child is None:
+            await asyncio.sleep(0.01)
+    return checker._child.process
+
+
+async def test_a_cancelled_check_takes_its_process_along(patient: SchemaChecker) -> None:
+    check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT]))
+    process = await process_of(patient)
     check.cancel()
     with pytest.raises(asyncio.CancelledError):
         await check
     assert process.poll() is not None
-    assert await checker.faults(costly, ['"aa"']) == [None]
-    await checker.aclose()
+    assert await patient.faults(_COSTLY, ['"aa"']) == [None]
+
+
+async def test_a_process_that_died_otherwise_is_no_fault_of_the_schema(
+    patient: SchemaChecker,
+) -> None:
+    check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT]))
+    (await process_of(patient)).kill()
+    with pytest.raises(ServiceError, match="ended with status -9"):
+        await check
+    assert await patient.faults(_COSTLY, ['"aa"']) == [None]
 
 
 def test_the_second_try_has_another_seed() -> None:
@@ -246,11 +271,13 @@ async def test_an_answer_that_never_fits_fails_and_is_forgotten(checker: SchemaC
 
 
 async def test_a_costly_pattern_fails_its_job_at_once() -> None:
-    checker = SchemaChecker(limit_s=0.3)
-    llm = ScriptedLlm('"' + "a" * 60 + '!"')
-    asked = prompt(structured_outputs={"json": {"pattern": "^(a|a)*$"}})
-    outcome = await answerer(llm, checker).answer(claimed(asked))
-    await checker.aclose()
+    checker = SchemaChecker(limit_s=_BOUND_S)
+    llm = ScriptedLlm(_COSTLY_TEXT)
+    asked = prompt(structured_outputs={"json": _COSTLY})
+    try:
+        outcome = await answerer(llm, checker).answer(claimed(asked))
+    finally:
+        await checker.aclose()
     assert outcome.result.status is JobState.FAILED
     assert outcome.result.error is not None
     assert outcome.result.error.type == "InvalidRequestError"
