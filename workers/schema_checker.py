@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -23,7 +24,8 @@ from cachetools import LRUCache
 from schema.errors import InvalidRequestError, ServiceError, shown
 
 _LIMIT_S = 5.0
-_REMEMBERED = 256  # schemas that were too costly
+_MEMORY_BYTES = 2**30
+_REMEMBERED = 256  # schemas that were too costly, and why
 _SHOWN = 3  # patterns of one, in its message
 _REPLY_BYTES = 2**24  # far more than a message for each of a job's answers
 _REAP_S = 5.0
@@ -34,13 +36,15 @@ class SchemaChecker:
 
     Args:
         limit_s: Seconds of processor time that the check of a job's answers may take.
+        memory_bytes: Memory that it may take.
     """
 
-    def __init__(self, *, limit_s: float = _LIMIT_S) -> None:
+    def __init__(self, *, limit_s: float = _LIMIT_S, memory_bytes: int = _MEMORY_BYTES) -> None:
         self._limit_s = limit_s
+        self._memory_bytes = memory_bytes
         self._turn = asyncio.Lock()
         self._child: _Child | None = None
-        self._costly: LRUCache[str, bool] = LRUCache(_REMEMBERED)
+        self._costly: LRUCache[str, str] = LRUCache(_REMEMBERED)
 
     async def faults(self, schema: dict[str, Any] | bool, texts: list[str]) -> list[str | None]:
         """Return why each text does not fit a schema; None for one that does.
@@ -58,15 +62,19 @@ class SchemaChecker:
             return []
         name = json.dumps(schema)
         async with self._turn:
-            if name in self._costly:
-                raise self._too_costly(schema)
+            if (known := self._costly.get(name)) is not None:
+                raise _too_costly(schema, known)
             said = await self._ask(json.dumps({"schema": schema, "texts": texts}))
             if isinstance(said, int):
                 if said != -signal.SIGPROF:
                     msg = f"the process that checks answers ended with status {said}"
                     raise ServiceError(msg)
-                self._costly[name] = True
-                raise self._too_costly(schema)
+                self._costly[name] = f"{self._limit_s:g} s of processor time"
+                raise _too_costly(schema, self._costly[name])
+            if "out_of_memory" in said:
+                await self.aclose()  # who knows what it is like now
+                self._costly[name] = f"{self._memory_bytes // 2**20} MiB of memory"
+                raise _too_costly(schema, self._costly[name])
         if "unresolvable" in said:
             msg = f"refers to what is not in it ({said['unresolvable']})"
             raise InvalidRequestError(msg, field="schema")
@@ -82,7 +90,7 @@ class SchemaChecker:
     async def _ask(self, request: str) -> dict[str, Any] | int:
         """Return the reply, or the status with which the process ended instead."""
         if self._child is None:
-            self._child = await _Child.start(limit_s=self._limit_s)
+            self._child = await _Child.start(self._limit_s, self._memory_bytes)
         child = self._child
         try:
             if (reply := await child.ask(request)) is not None:
@@ -93,14 +101,15 @@ class SchemaChecker:
         self._child = None
         return await child.status()
 
-    def _too_costly(self, schema: dict[str, Any] | bool) -> InvalidRequestError:
-        limit = f"checking an answer takes more than {self._limit_s:g} s of processor time"
-        patterns = [shown(pattern) for pattern in _patterns(schema)]
-        if not patterns:
-            return InvalidRequestError(f"is too costly: {limit}", field="schema")
-        named = ", ".join(patterns[:_SHOWN]) + (" …" if len(patterns) > _SHOWN else "")
-        msg = f"has too costly a pattern: {limit}; write it without nested repetition ({named})"
-        return InvalidRequestError(msg, field="schema")
+
+def _too_costly(schema: dict[str, Any] | bool, limit: str) -> InvalidRequestError:
+    msg = f"checking an answer takes more than {limit}"
+    patterns = [shown(pattern) for pattern in _patterns(schema)]
+    if not patterns:
+        return InvalidRequestError(f"is too costly: {msg}", field="schema")
+    named = ", ".join(patterns[:_SHOWN]) + (" …" if len(patterns) > _SHOWN else "")
+    msg = f"has too costly a pattern: {msg}; write it without nested repetition ({named})"
+    return InvalidRequestError(msg, field="schema")
 
 
 def _patterns(schema: object) -> Iterator[str]:
@@ -124,11 +133,11 @@ class _Child:
     writer: asyncio.StreamWriter
 
     @classmethod
-    async def start(cls, *, limit_s: float) -> _Child:
+    async def start(cls, limit_s: float, memory_bytes: int) -> _Child:
         """Start it."""
         ours, theirs = socket.socketpair()
         with theirs:
-            process = _spawn(limit_s, theirs)
+            process = _spawn(theirs, limit_s, memory_bytes)
         reader, writer = await asyncio.open_connection(sock=ours, limit=_REPLY_BYTES)
         return cls(process=process, reader=reader, writer=writer)
 
@@ -153,10 +162,15 @@ class _Child:
         await self.status()
 
 
-def _spawn(limit_s: float, connection: socket.socket) -> subprocess.Popen[bytes]:
-    """Start it from scratch: vLLM's threads and CUDA do not survive a fork."""
+def _spawn(connection: socket.socket, limit_s: float, memory_bytes: int) -> subprocess.Popen[bytes]:
+    """Start it from scratch: vLLM's threads and CUDA do not survive a fork.
+
+    It is done in the caller's thread, since the kernel ends the child with the *thread* that
+    started it.
+    """
+    bounds = (str(os.getpid()), str(limit_s), str(memory_bytes))
     return subprocess.Popen(
-        [sys.executable, "-m", "workers.schema_checker_main", str(limit_s)],
+        [sys.executable, "-m", "workers.schema_checker_main", *bounds],
         stdin=connection.fileno(),
         stdout=connection.fileno(),
         cwd=Path(__file__).parents[1],

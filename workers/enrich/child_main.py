@@ -6,16 +6,15 @@ its parent dies, however that happens.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workers.enrich import frames
+from workers.enrich.lifeline import die_with_parent
 
 if TYPE_CHECKING:
     from io import BufferedRWPair
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 #: A model: texts in, one payload a text out, in order, as they get done.
 Model = Callable[[Sequence[str]], Iterator[bytes]]
 
-_PR_SET_PDEATHSIG = 1
 # A tenth of a core that others fill: enough for what they enrich, and an engine's steps hardly
 # wait for it. At 5 they took 9 % of a CPU engine's throughput on two cores, at 10 they take 5 %.
 _NICE = 10
@@ -40,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     kind, descriptor, config = arguments
     values = json.loads(config)
-    _die_with_parent(values.pop("parent_pid"))
+    die_with_parent(values.pop("parent_pid"))
     _stand_back()
     with socket.socket(fileno=int(descriptor)) as connection, connection.makefile("rwb") as stream:
         try:
@@ -103,21 +101,6 @@ def _stand_back() -> None:
     if sys.platform == "linux":
         # Being woken by a request, it does not take the core from whoever sent it.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies.
-
-    The closed socket would do in most cases, but not while a model computes, nor when another
-    child of the parent has inherited the other end by a fork.
-    """
-    # Ctrl-C and a supervisor's SIGTERM reach the whole group; the parent still drains then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
-        os._exit(1)
 
 
 if __name__ == "__main__":

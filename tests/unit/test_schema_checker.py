@@ -1,0 +1,148 @@
+"""`SchemaChecker`: checks that do not end by themselves, and processes that do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from schema.errors import InvalidRequestError, ServiceError
+from workers.schema_checker import SchemaChecker
+
+_BOUND_S = 1.0  # a process that has just started checks its first schema by the metaschema in it
+_DEADLINE_S = 60.0
+_COSTLY = {"pattern": "^(a|a)*$"}
+_COSTLY_TEXT = '"' + "a" * 60 + '!"'
+_OBJECT = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "says"),
+    [
+        ({"items": {"pattern": "^(a|a)*$"}}, '["' + "a" * 60 + '!"]', r"pattern.*\^\(a\|a\)\*\$"),
+        ({"patternProperties": {"^(b|b)*$": {}}}, '{"' + "b" * 60 + '!": 1}', r"\^\(b\|b\)\*\$"),
+        (
+            {
+                "$defs": {
+                    str(n): {"anyOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} if n < 60 else False
+                    for n in range(61)
+                },
+                "$ref": "#/$defs/0",
+            },
+            "1",
+            "is too costly",
+        ),
+    ],
+    ids=["pattern", "property names", "references"],
+)
+async def test_a_check_that_would_take_for_ever_ends_and_nothing_waits_for_it(
+    schema: dict[str, Any], text: str, says: str
+) -> None:
+    checker = SchemaChecker(limit_s=_BOUND_S)
+    try:
+        check = asyncio.create_task(checker.faults(schema, [text]))
+        looks = 0
+        while not check.done():
+            looks += 1
+            await asyncio.sleep(0.01)
+        with pytest.raises(InvalidRequestError, match=says) as refused:
+            check.result()
+        assert refused.value.field == "schema"
+        assert looks > 5, "the loop stood still"
+        # The next one is served again, and the costly schema is known.
+        assert await checker.faults(_OBJECT, ["{}"]) == [None]
+        process = checker._child
+        with pytest.raises(InvalidRequestError, match=says):
+            await checker.faults(schema, [text])
+        assert checker._child is process, "it was checked again"
+    finally:
+        await checker.aclose()
+
+
+@pytest.fixture
+async def patient() -> AsyncIterator[SchemaChecker]:
+    """One that a costly check keeps busy until something else ends it."""
+    made = SchemaChecker(limit_s=2 * _DEADLINE_S)
+    yield made
+    await made.aclose()
+
+
+_WORKER = f"""
+import asyncio
+from workers.schema_checker import SchemaChecker
+
+async def work():
+    checker = SchemaChecker(limit_s=600)
+    check = asyncio.create_task(checker.faults({_COSTLY!r}, [{_COSTLY_TEXT!r}]))
+    while checker._child is None:
+        await asyncio.sleep(0.01)
+    print(checker._child.process.pid, flush=True)
+    await check
+
+asyncio.run(work())
+"""
+
+
+async def process_of(checker: SchemaChecker) -> subprocess.Popen[bytes]:
+    async with asyncio.timeout(_DEADLINE_S):
+        while checker._child is None:
+            await asyncio.sleep(0.01)
+    return checker._child.process
+
+
+async def test_a_check_may_not_take_all_memory() -> None:
+    checker = SchemaChecker(limit_s=_DEADLINE_S, memory_bytes=2**25)
+    strings = {"anyOf": [{"items": {"type": "string"}}]}  # it gathers what is wrong with each
+    try:
+        for _ in range(2):
+            with pytest.raises(InvalidRequestError, match=r"is too costly.* 32 MiB of memory"):
+                await checker.faults(strings, [f"[{'1,' * 200_000}1]"])
+        assert await checker.faults(_OBJECT, ["{}"]) == [None]
+    finally:
+        await checker.aclose()
+
+
+async def test_a_check_dies_with_its_worker() -> None:
+    worker = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _WORKER, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert worker.stdout is not None
+    assert worker.stderr is not None
+    try:
+        async with asyncio.timeout(_DEADLINE_S):
+            checks = int(await worker.stdout.readline())
+            worker.kill()
+            assert await worker.stderr.read() == b""  # its process writes there too
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            worker.kill()
+        await worker.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(checks, signal.SIGKILL)
+
+
+async def test_a_cancelled_check_takes_its_process_along(patient: SchemaChecker) -> None:
+    check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT]))
+    process = await process_of(patient)
+    check.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await check
+    assert process.poll() is not None
+    assert await patient.faults(_COSTLY, ['"aa"']) == [None]
+
+
+async def test_a_process_that_died_otherwise_is_no_fault_of_the_schema(
+    patient: SchemaChecker,
+) -> None:
+    check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT]))
+    (await process_of(patient)).kill()
+    with pytest.raises(ServiceError, match="ended with status -9"):
+        await check
+    assert await patient.faults(_COSTLY, ['"aa"']) == [None]
