@@ -25,6 +25,7 @@ from schema.errors import InvalidRequestError, ServiceError, shown
 
 _LIMIT_S = 5.0
 _MEMORY_BYTES = 2**30
+_PATIENCE_S = 60.0  # by the clock on the wall: a process that stands still takes no processor time
 _REMEMBERED = 256  # schemas that were too costly, and why
 _SHOWN = 3  # patterns of one, in its message
 _REPLY_BYTES = 2**24  # far more than a message for each of a job's answers
@@ -56,7 +57,7 @@ class SchemaChecker:
         Raises:
             InvalidRequestError: The schema refers to what it does not hold, or checking is too
                 costly: so is every check by this schema from then on.
-            ServiceError: The process died for another reason.
+            ServiceError: The process died for another reason, or did not answer in time.
         """
         if not texts:
             return []
@@ -93,10 +94,14 @@ class SchemaChecker:
             self._child = await _Child.start(self._limit_s, self._memory_bytes)
         child = self._child
         try:
-            if (reply := await child.ask(request)) is not None:
-                return reply
-        except BaseException:
+            async with asyncio.timeout(_PATIENCE_S):
+                if (reply := await child.ask(request)) is not None:
+                    return reply
+        except BaseException as exc:
             await self.aclose()  # what it would still say belongs to nobody
+            if isinstance(exc, TimeoutError):
+                msg = f"the process that checks answers said nothing for {_PATIENCE_S:g} s"
+                raise ServiceError(msg) from exc
             raise
         self._child = None
         return await child.status()

@@ -30,6 +30,9 @@ def main(parent_pid: int, limit_s: float, memory_bytes: int) -> None:
     """
     die_with_parent(parent_pid)
     _bound_memory(memory_bytes)
+    # Ignoring or blocking a signal is inherited, and would leave a check without a bound.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, limit_s)
         reply = _reply(json.loads(line))

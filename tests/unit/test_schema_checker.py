@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -95,6 +95,45 @@ async def process_of(checker: SchemaChecker) -> subprocess.Popen[bytes]:
         while checker._child is None:
             await asyncio.sleep(0.01)
     return checker._child.process
+
+
+async def test_a_process_that_stands_still_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checker = SchemaChecker()
+    try:
+        assert await checker.faults(_OBJECT, ["{}"]) == [None]
+        process = await process_of(checker)
+        process.send_signal(signal.SIGSTOP)
+        async with asyncio.timeout(_DEADLINE_S / 2):
+            with monkeypatch.context() as changed:
+                changed.setattr("workers.schema_checker._PATIENCE_S", 0.5)
+                with pytest.raises(ServiceError, match=r"said nothing for 0\.5 s"):
+                    await checker.faults(_OBJECT, ["{}"])
+        assert process.poll() is not None
+        assert await checker.faults(_OBJECT, ["{}"]) == [None]
+    finally:
+        await checker.aclose()
+
+
+@pytest.fixture
+def profiled_elsewhere() -> Iterator[None]:
+    """A worker whose SIGPROF was ignored and blocked by whoever started it."""
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    signal.signal(signal.SIGPROF, before)
+
+
+@pytest.mark.usefixtures("profiled_elsewhere")
+async def test_the_bound_holds_whatever_was_inherited() -> None:
+    checker = SchemaChecker(limit_s=_BOUND_S)
+    try:
+        with pytest.raises(InvalidRequestError, match="too costly"):
+            await checker.faults(_COSTLY, [_COSTLY_TEXT])
+    finally:
+        await checker.aclose()
 
 
 async def test_a_check_may_not_take_all_memory() -> None:
