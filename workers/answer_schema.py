@@ -76,7 +76,7 @@ async def fault_of(
         checker: Checks them.
 
     Raises:
-        InvalidRequestError: The schema refers to what it does not hold, or checking is too costly.
+        InvalidRequestError: The schema cannot be checked by, or checking is too costly.
         ServiceError: The check failed for no fault of the schema.
     """
     held = [output for output in outputs if output.text or output.finish_reason != "tool_calls"]

@@ -55,9 +55,9 @@ class SchemaChecker:
             texts: Should be JSON.
 
         Raises:
-            InvalidRequestError: The schema refers to what it does not hold, or checking is too
-                costly: so is every check by this schema from then on.
-            ServiceError: The process died for another reason, or did not answer in time.
+            InvalidRequestError: The schema cannot be checked by, as when it refers to what it does
+                not hold; or checking is too costly: so is every check by it from then on.
+            ServiceError: The process died for another reason, or did not answer in time or at all.
         """
         if not texts:
             return []
@@ -76,9 +76,8 @@ class SchemaChecker:
                 await self.aclose()  # who knows what it is like now
                 self._costly[name] = f"{self._memory_bytes // 2**20} MiB of memory"
                 raise _too_costly(schema, self._costly[name])
-        if "unresolvable" in said:
-            msg = f"refers to what is not in it ({said['unresolvable']})"
-            raise InvalidRequestError(msg, field="schema")
+        if "wrong" in said:
+            raise InvalidRequestError(said["wrong"], field="schema")
         faults: list[str | None] = said["faults"]
         return faults
 
@@ -101,6 +100,9 @@ class SchemaChecker:
             await self.aclose()  # what it would still say belongs to nobody
             if isinstance(exc, TimeoutError):
                 msg = f"the process that checks answers said nothing for {_PATIENCE_S:g} s"
+                raise ServiceError(msg) from exc
+            if isinstance(exc, ValueError):  # too long a line, or half of one
+                msg = f"the reply of the process that checks answers cannot be read: {exc}"
                 raise ServiceError(msg) from exc
             raise
         self._child = None

@@ -19,6 +19,8 @@ from referencing.exceptions import Unresolvable
 from workers.enrich.lifeline import die_with_parent
 from workers.json_schemas import fault_in
 
+_MESSAGE_CHARS = 300
+
 
 def main(parent_pid: int, limit_s: float, memory_bytes: int) -> None:
     """Answer until the input ends.
@@ -44,9 +46,15 @@ def _reply(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"faults": [fault_in(request["schema"], text) for text in request["texts"]]}
     except Unresolvable as exc:
-        return {"unresolvable": str(exc)}
+        return {"wrong": f"refers to what is not in it ({_cut(exc)})"}
     except (MemoryError, SystemError):  # CPython may raise either where an allocation fails
         return {"out_of_memory": True}
+    except Exception as exc:  # noqa: BLE001  what a schema can make a validator raise has no end
+        return {"wrong": f"cannot be checked by ({type(exc).__name__}: {_cut(exc)})"}
+
+
+def _cut(exc: Exception) -> str:
+    return str(exc)[:_MESSAGE_CHARS]  # it may hold all of the schema or of the answer
 
 
 def _bound_memory(growth: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from schema.errors import InvalidRequestError, ServiceError
+from workers.json_schemas import check_schema
 from workers.schema_checker import SchemaChecker
 
 _BOUND_S = 1.0  # a process that has just started checks its first schema by the metaschema in it
@@ -114,6 +115,42 @@ async def test_a_process_that_stands_still_is_not_waited_for_for_ever(
         assert await checker.faults(_OBJECT, ["{}"]) == [None]
     finally:
         await checker.aclose()
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"$ref": "http://[x#a"}, "ValueError"),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-04/schema#",
+                "patternProperties": {"(": {}},
+            },
+            "unterminated subpattern",
+        ),
+    ],
+    ids=["reference", "regular expression"],
+)
+async def test_whatever_a_schema_makes_the_validator_raise_is_a_refusal(
+    schema: dict[str, Any], says: str, patient: SchemaChecker
+) -> None:
+    check_schema(schema)
+    with pytest.raises(InvalidRequestError, match=f"cannot be checked by.*{says}") as refused:
+        await patient.faults(schema, ['{"a": 1}'])
+    assert refused.value.field == "schema"
+    process = await process_of(patient)
+    assert await patient.faults(_OBJECT, ["{}"]) == [None]
+    assert await process_of(patient) is process
+
+
+async def test_a_reply_that_cannot_be_read_is_no_fault_of_the_caller(
+    patient: SchemaChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as changed:
+        changed.setattr("workers.schema_checker._REPLY_BYTES", 9)
+        with pytest.raises(ServiceError, match="cannot be read"):
+            await patient.faults(_OBJECT, ["{}"] * 9)
+    assert await patient.faults(_OBJECT, ["{}"]) == [None]
 
 
 @pytest.fixture
