@@ -45,6 +45,7 @@ class SchemaChecker:
         self._memory_bytes = memory_bytes
         self._turn = asyncio.Lock()
         self._child: _Child | None = None
+        self._closed = False
         self._costly: LRUCache[str, str] = LRUCache(_REMEMBERED)
 
     async def faults(self, schema: dict[str, Any] | bool, texts: list[str]) -> list[str | None]:
@@ -68,12 +69,13 @@ class SchemaChecker:
             said = await self._ask(json.dumps({"schema": schema, "texts": texts}))
             if isinstance(said, int):
                 if said != -signal.SIGPROF:
+                    self._insist_on_being_open()
                     msg = f"the process that checks answers ended with status {said}"
                     raise ServiceError(msg)
                 self._costly[name] = f"{self._limit_s:g} s of processor time"
                 raise _too_costly(schema, self._costly[name])
             if "out_of_memory" in said:
-                await self.aclose()  # who knows what it is like now
+                await self._end_child()  # who knows what it is like now
                 self._costly[name] = f"{self._memory_bytes // 2**20} MiB of memory"
                 raise _too_costly(schema, self._costly[name])
         if "wrong" in said:
@@ -82,22 +84,33 @@ class SchemaChecker:
         return faults
 
     async def aclose(self) -> None:
-        """End the process; idempotent."""
+        """End the process, and the check that is under way; idempotent. There is no other then."""
+        self._closed = True
+        await self._end_child()
+
+    def _insist_on_being_open(self) -> None:
+        if self._closed:
+            msg = "the checker of answers was closed"
+            raise ServiceError(msg)
+
+    async def _end_child(self) -> None:
         child, self._child = self._child, None
         if child is not None:
             await child.end()
 
     async def _ask(self, request: str) -> dict[str, Any] | int:
         """Return the reply, or the status with which the process ended instead."""
-        if self._child is None:
-            self._child = await _Child.start(self._limit_s, self._memory_bytes)
-        child = self._child
+        self._insist_on_being_open()
+        if (child := self._child) is None:
+            child = self._child = await _Child.start(self._limit_s, self._memory_bytes)
         try:
+            self._insist_on_being_open()
             async with asyncio.timeout(_PATIENCE_S):
                 if (reply := await child.ask(request)) is not None:
                     return reply
+            status = await child.status()
         except BaseException as exc:
-            await self.aclose()  # what it would still say belongs to nobody
+            await self._end_child()  # what it would still say belongs to nobody
             if isinstance(exc, TimeoutError):
                 msg = f"the process that checks answers said nothing for {_PATIENCE_S:g} s"
                 raise ServiceError(msg) from exc
@@ -106,7 +119,7 @@ class SchemaChecker:
                 raise ServiceError(msg) from exc
             raise
         self._child = None
-        return await child.status()
+        return status
 
 
 def _too_costly(schema: dict[str, Any] | bool, limit: str) -> InvalidRequestError:
@@ -141,11 +154,23 @@ class _Child:
 
     @classmethod
     async def start(cls, limit_s: float, memory_bytes: int) -> _Child:
-        """Start it."""
+        """Start it; nothing waits between that and its being known.
+
+        Raises:
+            ServiceError: It could not be started.
+        """
         ours, theirs = socket.socketpair()
-        with theirs:
-            process = _spawn(theirs, limit_s, memory_bytes)
-        reader, writer = await asyncio.open_connection(sock=ours, limit=_REPLY_BYTES)
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
+            reader, writer = await asyncio.open_connection(sock=ours, limit=_REPLY_BYTES)
+            undo.pop_all()
+            undo.callback(writer.transport.abort)
+            try:
+                process = _spawn(theirs, limit_s, memory_bytes)
+            except OSError as exc:
+                msg = f"the process that checks answers could not be started: {exc}"
+                raise ServiceError(msg) from exc
+            undo.pop_all()
         return cls(process=process, reader=reader, writer=writer)
 
     async def ask(self, request: str) -> dict[str, Any] | None:
@@ -159,9 +184,13 @@ class _Child:
         return None
 
     async def status(self) -> int:
-        """Return the status with which it ended, once it has."""
+        """Return the status with which it ended, once it has; one that does not is killed."""
         self.writer.transport.abort()
-        return await asyncio.to_thread(self.process.wait, _REAP_S)
+        try:
+            return await asyncio.to_thread(self.process.wait, _REAP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return -signal.SIGKILL
 
     async def end(self) -> None:
         """End it; it keeps no state."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +16,7 @@ import pytest
 
 from schema.errors import InvalidRequestError, ServiceError
 from workers.json_schemas import check_schema
-from workers.schema_checker import SchemaChecker
+from workers.schema_checker import SchemaChecker, _spawn
 
 _BOUND_S = 1.0  # a process that has just started checks its first schema by the metaschema in it
 _DEADLINE_S = 60.0
@@ -212,6 +213,68 @@ async def test_a_cancelled_check_takes_its_process_along(patient: SchemaChecker)
         await check
     assert process.poll() is not None
     assert await patient.faults(_COSTLY, ['"aa"']) == [None]
+
+
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Every process that a checker starts."""
+    found: list[subprocess.Popen[bytes]] = []
+
+    def spawn(*how: Any) -> subprocess.Popen[bytes]:
+        found.append(_spawn(*how))
+        return found[-1]
+
+    monkeypatch.setattr("workers.schema_checker._spawn", spawn)
+    return found
+
+
+async def test_being_cancelled_at_any_moment_leaves_no_process(
+    patient: SchemaChecker, spawned: list[subprocess.Popen[bytes]]
+) -> None:
+    turns = 0
+    while len(spawned) < 3:
+        check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        check.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await check
+        assert all(process.returncode is not None for process in spawned), turns
+        turns += 1
+        assert turns < 100
+
+
+async def test_closing_ends_the_check_and_those_that_wait_for_it(
+    patient: SchemaChecker, spawned: list[subprocess.Popen[bytes]]
+) -> None:
+    checks = [
+        asyncio.create_task(patient.faults(_COSTLY, [text])) for text in (_COSTLY_TEXT, '"aa"')
+    ]
+    await process_of(patient)
+    await patient.aclose()
+    async with asyncio.timeout(_DEADLINE_S):
+        ended = await asyncio.gather(*checks, return_exceptions=True)
+    assert [type(each) for each in ended] == [ServiceError, ServiceError]
+    assert {str(each) for each in ended} == {"the checker of answers was closed"}
+    assert [process.returncode for process in spawned] == [-signal.SIGKILL]
+
+
+async def test_what_cannot_be_started_leaves_nothing_open(
+    patient: SchemaChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: Any) -> None:
+        raise BlockingIOError
+
+    made: list[socket.socket] = []
+    pair = socket.socketpair
+    with monkeypatch.context() as changed:
+        changed.setattr("workers.schema_checker._spawn", refuse)
+        changed.setattr(socket, "socketpair", lambda: made.extend(pair()) or made)
+        with pytest.raises(ServiceError, match="could not be started"):
+            await patient.faults(_OBJECT, ["{}"])
+    await asyncio.sleep(0)  # the transport closes its socket in the loop's next turn
+    assert [each.fileno() for each in made] == [-1, -1]
+    assert await patient.faults(_OBJECT, ["{}"]) == [None]
 
 
 async def test_a_process_that_died_otherwise_is_no_fault_of_the_schema(
