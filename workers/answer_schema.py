@@ -66,7 +66,11 @@ def _checked(schema: object, field: str) -> dict[str, Any] | bool:
 
 
 async def fault_of(
-    schema: dict[str, Any] | bool, outputs: list[Completion], checker: SchemaChecker
+    schema: dict[str, Any] | bool,
+    outputs: list[Completion],
+    checker: SchemaChecker,
+    *,
+    namespace: str,
 ) -> str | None:
     """Return why answers do not fit a schema, or None when all of them do.
 
@@ -74,13 +78,14 @@ async def fault_of(
         schema: As `schema_of` returned it.
         outputs: The answers. One without text, such as a tool call, is not held to the schema.
         checker: Checks them.
+        namespace: Whose they are.
 
     Raises:
         InvalidRequestError: The schema cannot be checked by, or checking is too costly.
         ServiceError: The check failed for no fault of the schema.
     """
     held = [output for output in outputs if output.text or output.finish_reason != "tool_calls"]
-    faults = await checker.faults(schema, [output.text for output in held])
+    faults = await checker.faults(schema, [output.text for output in held], namespace=namespace)
     for output, fault in zip(held, faults, strict=True):
         if fault is None:
             continue

@@ -146,7 +146,9 @@ class Answerer:
         """Return why an answer does not fit; it is forgotten then."""
         if outcome.result.status is not JobState.DONE:
             return None
-        fault = await answer_schema.fault_of(schema, outcome.result.outputs, self._checker)
+        fault = await answer_schema.fault_of(
+            schema, outcome.result.outputs, self._checker, namespace=outcome.result.namespace
+        )
         if fault is not None and outcome.answer_id is not None:
             self._llm.forget(
                 namespace=outcome.result.namespace, answer_ids=frozenset({outcome.answer_id})

@@ -46,23 +46,28 @@ class SchemaChecker:
         self._turn = asyncio.Lock()
         self._child: _Child | None = None
         self._closed = False
-        self._costly: LRUCache[str, str] = LRUCache(_REMEMBERED)
+        self._costly: LRUCache[tuple[str, str], str] = LRUCache(_REMEMBERED)
 
-    async def faults(self, schema: dict[str, Any] | bool, texts: list[str]) -> list[str | None]:
+    async def faults(
+        self, schema: dict[str, Any] | bool, texts: list[str], *, namespace: str
+    ) -> list[str | None]:
         """Return why each text does not fit a schema; None for one that does.
 
         Args:
             schema: One that `check_schema` passes.
             texts: Should be JSON.
+            namespace: Tenant. What a check costs is up to the texts too, and no tenant's may
+                refuse another's schema.
 
         Raises:
             InvalidRequestError: The schema cannot be checked by, as when it refers to what it does
-                not hold; or checking is too costly: so is every check by it from then on.
+                not hold; or checking is too costly: so is every check by it from then on, for the
+                namespace.
             ServiceError: The process died for another reason, or did not answer in time or at all.
         """
         if not texts:
             return []
-        name = json.dumps(schema)
+        name = namespace, json.dumps(schema)
         async with self._turn:
             if (known := self._costly.get(name)) is not None:
                 raise _too_costly(schema, known)

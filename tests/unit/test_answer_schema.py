@@ -73,7 +73,7 @@ def test_the_schema_of_a_request_is_found(request_: Any, schema: Any) -> None:
 async def test_a_fault_is_named_with_its_place(
     text: str, says: str | None, checker: SchemaChecker
 ) -> None:
-    fault = await fault_of(SCHEMA, [Completion(text=text)], checker)
+    fault = await fault_of(SCHEMA, [Completion(text=text)], checker, namespace="n")
     assert (fault is None) == (says is None)
     assert says is None or (fault is not None and says in fault and len(fault) < 500)
 
@@ -82,18 +82,22 @@ async def test_each_of_several_answers_is_checked_and_tool_calls_are_none(
     checker: SchemaChecker,
 ) -> None:
     good, bad = Completion(text="{}"), Completion(index=1, text="no", finish_reason="length")
-    fault = str(await fault_of(SCHEMA, [good, bad], checker))
+    fault = str(await fault_of(SCHEMA, [good, bad], checker, namespace="n"))
     assert fault.startswith("answer 1 does not fit the schema")
     assert fault.endswith("it was cut at its token limit")
     call = Completion(text="", finish_reason="tool_calls")
-    assert await fault_of(SCHEMA, [call], checker) is None
-    assert str(await fault_of(SCHEMA, [call, bad], checker)).startswith("answer 1 does")
+    assert await fault_of(SCHEMA, [call], checker, namespace="n") is None
+    assert str(await fault_of(SCHEMA, [call, bad], checker, namespace="n")).startswith(
+        "answer 1 does"
+    )
 
 
 async def test_nothing_is_fetched_for_a_schema(checker: SchemaChecker) -> None:
     check_schema({"$ref": "#/$defs/x", "$defs": {"x": {"type": "string"}}})
     with pytest.raises(InvalidRequestError, match="refers to what is not in it"):
-        await fault_of({"$ref": "http://127.0.0.1:1/x"}, [Completion(text="1")], checker)
+        await fault_of(
+            {"$ref": "http://127.0.0.1:1/x"}, [Completion(text="1")], checker, namespace="n"
+        )
 
 
 def test_the_second_try_has_another_seed() -> None:

@@ -49,7 +49,7 @@ async def test_a_check_that_would_take_for_ever_ends_and_nothing_waits_for_it(
 ) -> None:
     checker = SchemaChecker(limit_s=_BOUND_S)
     try:
-        check = asyncio.create_task(checker.faults(schema, [text]))
+        check = asyncio.create_task(checker.faults(schema, [text], namespace="n"))
         looks = 0
         while not check.done():
             looks += 1
@@ -59,11 +59,13 @@ async def test_a_check_that_would_take_for_ever_ends_and_nothing_waits_for_it(
         assert refused.value.field == "schema"
         assert looks > 5, "the loop stood still"
         # The next one is served again, and the costly schema is known.
-        assert await checker.faults(_OBJECT, ["{}"]) == [None]
+        assert await checker.faults(_OBJECT, ["{}"], namespace="n") == [None]
         process = checker._child
         with pytest.raises(InvalidRequestError, match=says):
-            await checker.faults(schema, [text])
+            await checker.faults(schema, [text], namespace="n")
         assert checker._child is process, "it was checked again"
+        # It is so with that tenant's answers: another's are looked at.
+        assert await checker.faults(schema, ["no JSON"], namespace="other") != [None]
     finally:
         await checker.aclose()
 
@@ -82,7 +84,7 @@ from workers.schema_checker import SchemaChecker
 
 async def work():
     checker = SchemaChecker(limit_s=600)
-    check = asyncio.create_task(checker.faults({_COSTLY!r}, [{_COSTLY_TEXT!r}]))
+    check = asyncio.create_task(checker.faults({_COSTLY!r}, [{_COSTLY_TEXT!r}], namespace="n"))
     while checker._child is None:
         await asyncio.sleep(0.01)
     print(checker._child.process.pid, flush=True)
@@ -104,16 +106,16 @@ async def test_a_process_that_stands_still_is_not_waited_for_for_ever(
 ) -> None:
     checker = SchemaChecker()
     try:
-        assert await checker.faults(_OBJECT, ["{}"]) == [None]
+        assert await checker.faults(_OBJECT, ["{}"], namespace="n") == [None]
         process = await process_of(checker)
         process.send_signal(signal.SIGSTOP)
         async with asyncio.timeout(_DEADLINE_S / 2):
             with monkeypatch.context() as changed:
                 changed.setattr("workers.schema_checker._PATIENCE_S", 0.5)
                 with pytest.raises(ServiceError, match=r"said nothing for 0\.5 s"):
-                    await checker.faults(_OBJECT, ["{}"])
+                    await checker.faults(_OBJECT, ["{}"], namespace="n")
         assert process.poll() is not None
-        assert await checker.faults(_OBJECT, ["{}"]) == [None]
+        assert await checker.faults(_OBJECT, ["{}"], namespace="n") == [None]
     finally:
         await checker.aclose()
 
@@ -137,10 +139,10 @@ async def test_whatever_a_schema_makes_the_validator_raise_is_a_refusal(
 ) -> None:
     check_schema(schema)
     with pytest.raises(InvalidRequestError, match=f"cannot be checked by.*{says}") as refused:
-        await patient.faults(schema, ['{"a": 1}'])
+        await patient.faults(schema, ['{"a": 1}'], namespace="n")
     assert refused.value.field == "schema"
     process = await process_of(patient)
-    assert await patient.faults(_OBJECT, ["{}"]) == [None]
+    assert await patient.faults(_OBJECT, ["{}"], namespace="n") == [None]
     assert await process_of(patient) is process
 
 
@@ -150,8 +152,8 @@ async def test_a_reply_that_cannot_be_read_is_no_fault_of_the_caller(
     with monkeypatch.context() as changed:
         changed.setattr("workers.schema_checker._REPLY_BYTES", 9)
         with pytest.raises(ServiceError, match="cannot be read"):
-            await patient.faults(_OBJECT, ["{}"] * 9)
-    assert await patient.faults(_OBJECT, ["{}"]) == [None]
+            await patient.faults(_OBJECT, ["{}"] * 9, namespace="n")
+    assert await patient.faults(_OBJECT, ["{}"], namespace="n") == [None]
 
 
 @pytest.fixture
@@ -169,7 +171,7 @@ async def test_the_bound_holds_whatever_was_inherited() -> None:
     checker = SchemaChecker(limit_s=_BOUND_S)
     try:
         with pytest.raises(InvalidRequestError, match="too costly"):
-            await checker.faults(_COSTLY, [_COSTLY_TEXT])
+            await checker.faults(_COSTLY, [_COSTLY_TEXT], namespace="n")
     finally:
         await checker.aclose()
 
@@ -180,8 +182,8 @@ async def test_a_check_may_not_take_all_memory() -> None:
     try:
         for _ in range(2):
             with pytest.raises(InvalidRequestError, match=r"is too costly.* 32 MiB of memory"):
-                await checker.faults(strings, [f"[{'1,' * 200_000}1]"])
-        assert await checker.faults(_OBJECT, ["{}"]) == [None]
+                await checker.faults(strings, [f"[{'1,' * 200_000}1]"], namespace="n")
+        assert await checker.faults(_OBJECT, ["{}"], namespace="n") == [None]
     finally:
         await checker.aclose()
 
@@ -206,13 +208,13 @@ async def test_a_check_dies_with_its_worker() -> None:
 
 
 async def test_a_cancelled_check_takes_its_process_along(patient: SchemaChecker) -> None:
-    check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT]))
+    check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT], namespace="n"))
     process = await process_of(patient)
     check.cancel()
     with pytest.raises(asyncio.CancelledError):
         await check
     assert process.poll() is not None
-    assert await patient.faults(_COSTLY, ['"aa"']) == [None]
+    assert await patient.faults(_COSTLY, ['"aa"'], namespace="n") == [None]
 
 
 @pytest.fixture
@@ -233,7 +235,7 @@ async def test_being_cancelled_at_any_moment_leaves_no_process(
 ) -> None:
     turns = 0
     while len(spawned) < 3:
-        check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT]))
+        check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT], namespace="n"))
         for _ in range(turns):
             await asyncio.sleep(0)
         check.cancel()
@@ -248,7 +250,8 @@ async def test_closing_ends_the_check_and_those_that_wait_for_it(
     patient: SchemaChecker, spawned: list[subprocess.Popen[bytes]]
 ) -> None:
     checks = [
-        asyncio.create_task(patient.faults(_COSTLY, [text])) for text in (_COSTLY_TEXT, '"aa"')
+        asyncio.create_task(patient.faults(_COSTLY, [text], namespace="n"))
+        for text in (_COSTLY_TEXT, '"aa"')
     ]
     await process_of(patient)
     await patient.aclose()
@@ -267,21 +270,26 @@ async def test_what_cannot_be_started_leaves_nothing_open(
 
     made: list[socket.socket] = []
     pair = socket.socketpair
+
+    def remembered() -> list[socket.socket]:
+        made.extend(pair())
+        return made
+
     with monkeypatch.context() as changed:
         changed.setattr("workers.schema_checker._spawn", refuse)
-        changed.setattr(socket, "socketpair", lambda: made.extend(pair()) or made)
+        changed.setattr(socket, "socketpair", remembered)
         with pytest.raises(ServiceError, match="could not be started"):
-            await patient.faults(_OBJECT, ["{}"])
+            await patient.faults(_OBJECT, ["{}"], namespace="n")
     await asyncio.sleep(0)  # the transport closes its socket in the loop's next turn
     assert [each.fileno() for each in made] == [-1, -1]
-    assert await patient.faults(_OBJECT, ["{}"]) == [None]
+    assert await patient.faults(_OBJECT, ["{}"], namespace="n") == [None]
 
 
 async def test_a_process_that_died_otherwise_is_no_fault_of_the_schema(
     patient: SchemaChecker,
 ) -> None:
-    check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT]))
+    check = asyncio.create_task(patient.faults(_COSTLY, [_COSTLY_TEXT], namespace="n"))
     (await process_of(patient)).kill()
     with pytest.raises(ServiceError, match="ended with status -9"):
         await check
-    assert await patient.faults(_COSTLY, ['"aa"']) == [None]
+    assert await patient.faults(_COSTLY, ['"aa"'], namespace="n") == [None]
