@@ -38,6 +38,14 @@ class Holding:
     task: asyncio.Task[object] | None  # None: its outcome is known, and needs no run
     stopped: Stopped | None = None
 
+    def decided(self) -> None:
+        """Note that the outcome is known: nothing stops the run any more.
+
+        Once it is committed, a heartbeat finds the job running no longer, and would take the lease
+        for lost while the outcome is still to be published.
+        """
+        self.task = None
+
     def stop(self, why: Stopped) -> None:
         """Cancel the run.
 

@@ -334,6 +334,7 @@ class Pipeline:
             try:
                 with self.display.running(job):
                     outcome = await self._outcome(job, holding)
+                    holding.decided()
             finally:
                 self._slots.give(slots)
             if outcome is not None and await self._commit_all([(job, outcome)]):

@@ -134,6 +134,44 @@ async def test_hits_of_jobs_are_counted(
     assert (await answer_store.reuse_report("default")).hits_by_kind == {"exact": 2}
 
 
+async def test_a_heartbeat_between_commit_and_publication_stops_nothing(
+    start: Callable[..., Any],
+    job_store: JobStore,
+    stack: LocalStack,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The job runs no longer then, and its lease is not lost for that."""
+    monkeypatch.setenv("PROMPTMILL_HEARTBEAT_S", "0.1")
+    committed, beaten = asyncio.Event(), asyncio.Event()
+    real_finish, real_renew = JobStore.finish, JobStore.renew
+
+    async def finish(self: JobStore, outcomes: Any) -> Any:
+        finished = await real_finish(self, outcomes)
+        committed.set()
+        await beaten.wait()
+        await asyncio.sleep(0.01)
+        return finished
+
+    async def renew(self: JobStore, held: Any, **words: Any) -> Any:
+        renewal = await real_renew(self, held, **words)
+        if committed.is_set():
+            beaten.set()
+        return renewal
+
+    monkeypatch.setattr(JobStore, "finish", finish)
+    monkeypatch.setattr(JobStore, "renew", renew)
+    pipeline = await start(PlayedEngine())
+    ids = await admit(job_store, spec(model=MODEL, channel="beaten"))
+    async with asyncio.timeout(60):
+        await pipeline.run_message(
+            JobMessage(ids=tuple(ids), namespace="default", sent_at=time.time())
+        )
+    redis = open_redis(stack.redis_url)
+    delivered = await ResultChannel(redis).read("default", "beaten")
+    await redis.aclose()
+    assert [delivery.result.job_id for delivery in delivered] == ids
+
+
 class RecallingEngine(PlayedEngine):
     """Keeps the answers it gives in memory, as the real one, and counts its runs."""
 
