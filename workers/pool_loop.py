@@ -195,6 +195,8 @@ class TaskLoop:
         # Cancelled before its first step, the greenlet was never entered.
         value, error = (None, asyncio.CancelledError()) if done.cancelled() else done.result()
         self._end(handle, value, error)
+        # Its context holds the handle, and that all of the message: nothing waits for a collection.
+        handle.asyncio_task = None
         self._start_waiting()
 
     def _end(self, handle: TaskHandle, value: Any, error: BaseException | None) -> None:
