@@ -364,10 +364,30 @@ async def test_look_ups_at_the_same_time_share_statements_and_nothing_else(
     def executed(_conn: object, _cursor: object, statement: str, *_: object) -> None:
         statements.append(statement)
 
-    event.listen(database._engine.sync_engine, "before_cursor_execute", executed)
+    watched = database._engine.sync_engine, "before_cursor_execute", executed
+    event.listen(*watched)
     together = await asyncio.gather(
         *(answer_store.nearest(embedder=EMBEDDER, **one) for one in asked)  # type: ignore[arg-type]
     )
+    event.remove(*watched)
     assert together == alone
     assert {len(found) for found in together} == {2, 3, 4}
-    assert len(statements) < len(asked) / 2
+    assert 0 < len(statements) < len(asked) / 2
+
+
+async def test_a_look_up_that_fails_takes_no_other_along(answer_store: PostgresAnswers) -> None:
+    part = PartVector(part=0, vector=np.array([0.6, 0.8], dtype=np.float32), embedder="tiny")
+    await answer_store.put(answer(vectors=(part,)))
+    given = full_answer()
+    await answer_store.put(given)
+
+    async def near(vector: Vector, embedder: str) -> list[object]:
+        return await _near(answer_store, vector, embedder=embedder)
+
+    too_long = np.array([0.6, 0.8, 0.0], dtype=np.float32)
+    (first,) = unit_vectors(1)
+    first_one, failed, found = await asyncio.gather(
+        near(first, EMBEDDER), near(too_long, "tiny"), near(first, EMBEDDER), return_exceptions=True
+    )
+    assert isinstance(failed, Exception)
+    assert first_one == found == [given.id]

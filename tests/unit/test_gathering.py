@@ -65,3 +65,22 @@ async def test_a_failure_is_told_to_all_of_its_group_and_no_other() -> None:
     assert [type(failure) for failure in failed] == [OSError, OSError]
     asked.fails = False
     assert await gathering.get(8) == 64
+
+
+@pytest.mark.parametrize("wanted_only", [True, False])
+async def test_what_nobody_waits_for_any_more_is_asked_for_only_where_that_matters(
+    wanted_only: bool,
+) -> None:
+    asked = Asked()
+    gathering = Gathering(asked, name="test", wanted_only=wanted_only)
+    callers = [asyncio.create_task(gathering.get(0))]
+    while not asked.groups:
+        await asyncio.sleep(0)
+    callers += [asyncio.create_task(gathering.get(key)) for key in (2, 4, 4)]
+    await asyncio.sleep(0)
+    callers[1].cancel()
+    callers[2].cancel()  # another waits for the same
+    asked.go.set()
+    await asyncio.gather(*callers, return_exceptions=True)
+    assert callers[3].result() == 16
+    assert asked.groups == [[0], [4] if wanted_only else [2, 4]]

@@ -176,7 +176,7 @@ class PostgresAnswers(Eviction, FlightMarks, ReuseLabels):
     def __init__(self, database: Database) -> None:
         super().__init__(database)
         self._around = LookAround(database)
-        self._look_ups = Gathering(self._look_up, name="promptmill-look-ups")
+        self._look_ups = Gathering(self._look_up, wanted_only=True, name="promptmill-look-ups")
         self._puts = AnswerPuts(database)
 
     async def get(self, namespace: str, fingerprint: bytes) -> StoredAnswer | None:

@@ -20,14 +20,22 @@ class Gathering(Generic[K, V]):
     Args:
         ask: Answers a group of distinct keys; a key may be missing from what it returns.
         most: Keys a group may have.
+        wanted_only: Whether a key is passed over when all who waited for it have left; else it is
+            asked for all the same.
         name: Of the task that asks.
     """
 
     def __init__(
-        self, ask: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]], *, most: int = 256, name: str
+        self,
+        ask: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]],
+        *,
+        most: int = 256,
+        wanted_only: bool = False,
+        name: str,
     ) -> None:
         self._ask = ask
         self._most = most
+        self._wanted_only = wanted_only
         self._name = name
         self._waiting: dict[K, list[asyncio.Future[V | None]]] = {}
         self._task: asyncio.Task[None] | None = None
@@ -55,7 +63,11 @@ class Gathering(Generic[K, V]):
         group: dict[K, list[asyncio.Future[V | None]]] = {}
         try:
             while self._waiting:
+                if self._wanted_only:
+                    self._pass_over_unwanted()
                 keys = list(self._waiting)[: self._most]
+                if not keys:
+                    break
                 group = {key: self._waiting.pop(key) for key in keys}
                 try:
                     found = await self._ask(keys)
@@ -75,6 +87,11 @@ class Gathering(Generic[K, V]):
             raise
         finally:
             self._task = None
+
+    def _pass_over_unwanted(self) -> None:
+        for key, futures in list(self._waiting.items()):
+            if all(future.done() for future in futures):
+                del self._waiting[key]
 
 
 def _end(group: Mapping[K, list[asyncio.Future[V | None]]], exc: Exception) -> None:

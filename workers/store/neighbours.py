@@ -165,7 +165,9 @@ class LookAround:
         self._database = database
         self._sizes = Sizes()
         self._groups = {
-            scoped: Gathering(self._ask, most=_TOGETHER, name="promptmill-neighbours")
+            scoped: Gathering(
+                self._ask, most=_TOGETHER, wanted_only=True, name="promptmill-neighbours"
+            )
             for scoped in (True, False)
         }
 
@@ -183,21 +185,30 @@ class LookAround:
 
         Returns:
             The neighbours; the similarity is that of the nearest part of each stored prompt.
+
+        Raises:
+            DatabaseUnavailableError: Postgres cannot be used now.
         """
         asked = vector_text(vector)
         if asked is None or limit < 1:
             return []
         group = self._groups[scope is not None]
-        return await group.get(Asked(namespace, scope, embedder, limit, asked)) or []
+        found = await group.get(Asked(namespace, scope, embedder, limit, asked))
+        if isinstance(found, Exception):
+            raise found
+        return found or []
 
-    async def _ask(self, asked: Sequence[Asked]) -> dict[Asked, list[Neighbour]]:
+    async def _ask(self, asked: Sequence[Asked]) -> dict[Asked, list[Neighbour] | Exception]:
         alike: defaultdict[tuple[str, bytes | None, str, int], list[Asked]] = defaultdict(list)
         for one in asked:
             alike[one.namespace, one.scope, one.embedder, one.limit].append(one)
-        found: dict[Asked, list[Neighbour]] = {}
-        async with self._database.connection() as connection:
-            for together in alike.values():
-                found |= await self._ask_alike(together, connection)
+        found: dict[Asked, list[Neighbour] | Exception] = {}
+        for together in alike.values():
+            try:
+                async with self._database.connection() as connection:
+                    found |= await self._ask_alike(together, connection)
+            except Exception as exc:  # noqa: BLE001  for those who asked that, and no others
+                found |= dict.fromkeys(together, exc)
         return found
 
     async def _ask_alike(
