@@ -127,7 +127,7 @@ async def test_enrichment_begins_when_vllm_has_the_request(
             reader.close()
         has_it.set()
         await (flight.ready() if stays else flight.ended())
-        assert flight.notes.looked_up.is_set()
+        assert flight.notes.under_way.is_set()
     assert enriched == ([True] if stays else [])
     flight.cancel()
     await flight.ended()

@@ -87,7 +87,7 @@ class Enrichers:
             "neighbours": config.similarity.retry,
             **{f"plugin:{plugin.name}": self._plugin(plugin).retry for plugin in self.plugins},
         }
-        # What the parts cannot take at once waits here, within its budget, and is no failure.
+        # What is more than the parts let in waits here, within its budget, and is no failure.
         self._gates = {
             "nlp": asyncio.Semaphore(config.nlp.concurrency),
             # A prompt with many clauses takes more than one of the embedder's places.

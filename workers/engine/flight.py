@@ -210,7 +210,7 @@ class Flight:
 
     Args:
         look_up: Fills the stream from the store and returns True, or returns False.
-        start: Starts the generation; `AsyncLLM.add_request` with its arguments.
+        start: Starts the generation by `AsyncLLM.add_request`, and what runs beside it.
         abort: Aborts a generation by vLLM's internal request id.
         turn: Waits for a turn of the loop that has time for one more start or end.
         landed: Called once with the flight when its generation is whole.

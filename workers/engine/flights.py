@@ -144,13 +144,13 @@ class Flights:
             # Not before: in a burst, enrichment would hold up the generations of the others.
             if flight.stream.readers:
                 flight.notes.enrichment = self.enrich(planned, scope)
-            flight.notes.looked_up.set()
+            flight.notes.under_way.set()
             return native
 
         def gone(ended: Flight) -> None:
             if self._by_name.get(name) is ended:
                 del self._by_name[name]
-            ended.notes.looked_up.set()
+            ended.notes.under_way.set()
             if ended.notes.answer is None:
                 if ended.notes.enrichment is not None:
                     ended.notes.enrichment.leave()

@@ -29,8 +29,9 @@ class FlightNotes:
     call: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # stage to time
     errors: dict[str, str] = field(default_factory=dict)  # part to reason
-    #: Set once the store has been asked; the enrichment, if any, has been started by then.
-    looked_up: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Set once vLLM has the request, or the flight has ended before; the enrichment, if any, has
+    #: been started by then.
+    under_way: asyncio.Event = field(default_factory=asyncio.Event)
     enrichment: EnrichmentRun | None = None
     reused: Reused | None = None  # the store had it
     answer: StoredAnswer | None = None  # what was generated, once it is whole

@@ -139,7 +139,7 @@ class Races:
         self, planned: RequestPlan, delivery: RequestDelivery, flight: Flight
     ) -> tuple[StoredAnswer | None, Sequence[Considered]] | None:
         """Return the answer and all neighbours looked at, or None when there was no looking."""
-        await flight.notes.looked_up.wait()
+        await flight.notes.under_way.wait()
         run, text = flight.notes.enrichment, delivery.scope.text or planned.text
         if run is None or not text:
             return None

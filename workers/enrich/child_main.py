@@ -6,6 +6,7 @@ its parent dies, however that happens.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -100,7 +101,8 @@ def _stand_back() -> None:
     os.nice(_NICE)
     if sys.platform == "linux":
         # Being woken by a request, it does not take the core from whoever sent it.
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        with contextlib.suppress(OSError):  # some sandboxes forbid it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 if __name__ == "__main__":
