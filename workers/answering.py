@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Collection
 from dataclasses import replace
@@ -123,14 +124,14 @@ class Answerer:
         trace_headers: dict[str, str] | None,
     ) -> Outcome:
         """Return an answer that fits the schema; one that does not is kept nowhere."""
-        outcome = await self._answer(job, request, options, None, trace_headers)
-        if (first := await self._misfit(outcome, schema)) is not None:
+        outcome, first = await self._tried(job, request, options, schema, trace_headers)
+        if first is not None:
             if not answer_schema.is_repeatable(request) and options.reuse is not Reuse.ALWAYS:
                 # Its seed is ours alone: a sampled request stays one that is never stored.
                 options = options.model_copy(update={"reuse": Reuse.OFF})
             again = answer_schema.second_try(request)
-            outcome = await self._answer(job, again, options, None, trace_headers)
-            if (second := await self._misfit(outcome, schema)) is not None:
+            outcome, second = await self._tried(job, again, options, schema, trace_headers)
+            if second is not None:
                 error = JobError(type="AnswerSchemaError", message=second, status_code=422)
                 return failed(job, error)
             outcome.result.metadata["schema_retry"] = first
@@ -142,18 +143,33 @@ class Answerer:
                 await on_text(answer.index, 0, answer.text)
         return outcome
 
+    async def _tried(
+        self,
+        job: ClaimedJob,
+        request: PromptRequest | OpenAIRequest,
+        options: JobOptions,
+        schema: dict[str, Any] | bool,
+        trace_headers: dict[str, str] | None,
+    ) -> tuple[Outcome, str | None]:
+        """Return an answer and why it does not fit; unless it is known to fit, it is forgotten."""
+        verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        outcome, fits = None, False
+        try:
+            outcome = await self._answer(job, request, options, None, trace_headers, verdict)
+            fault = await self._misfit(outcome, schema)
+            fits = fault is None
+        finally:
+            verdict.set_result(fits)
+            if not fits and outcome is not None and outcome.answer_id is not None:
+                self._llm.forget(namespace=job.namespace, answer_ids=frozenset({outcome.answer_id}))
+        return outcome, fault
+
     async def _misfit(self, outcome: Outcome, schema: dict[str, Any] | bool) -> str | None:
-        """Return why an answer does not fit; it is forgotten then."""
         if outcome.result.status is not JobState.DONE:
             return None
-        fault = await answer_schema.fault_of(
+        return await answer_schema.fault_of(
             schema, outcome.result.outputs, self._checker, namespace=outcome.result.namespace
         )
-        if fault is not None and outcome.answer_id is not None:
-            self._llm.forget(
-                namespace=outcome.result.namespace, answer_ids=frozenset({outcome.answer_id})
-            )
-        return fault
 
     async def _answer(
         self,
@@ -162,8 +178,9 @@ class Answerer:
         options: JobOptions,
         on_text: OnText | None,
         trace_headers: dict[str, str] | None,
+        verdict: asyncio.Future[bool] | None = None,
     ) -> Outcome:
-        scope = _scope_of(job, request, options, trace_headers)
+        scope = _scope_of(job, request, options, trace_headers, verdict)
         with scope.active():
             if isinstance(request, PromptRequest):
                 return await self._prompt(job, request, scope, on_text)
@@ -418,6 +435,7 @@ def _scope_of(
     request: PromptRequest | OpenAIRequest,
     options: JobOptions,
     trace_headers: dict[str, str] | None = None,
+    verdict: asyncio.Future[bool] | None = None,
 ) -> RequestScope:
     text, context = (None, b"") if isinstance(request, PromptRequest) else _compared(request)
     return RequestScope(
@@ -435,6 +453,7 @@ def _scope_of(
         analyse_answer=options.analyse_answer,
         trace_headers=trace_headers,
         deferred=True,
+        verdict=verdict,
     )
 
 

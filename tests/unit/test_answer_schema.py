@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
-from schema.errors import InvalidRequestError
+from schema.errors import InvalidRequestError, ServiceError
 from schema.jobs import Completion, JobState, OpenAIRequest, PromptRequest, Reuse
 from tests.stand_ins import claimed_job, final_output
 from workers.answer_schema import SECOND_TEMPERATURE, fault_of, schema_of, second_try
@@ -122,11 +123,13 @@ class ScriptedLlm:
         self.asked: list[tuple[int | None, float, Reuse | None]] = []
         self.made: list[UUID] = []
         self.forgotten: set[UUID] = set()
+        self.verdicts: list[asyncio.Future[bool] | None] = []
 
     async def generate(self, asked: str, params: Any, request_id: str) -> Any:
         scope = current_scope()
         assert scope is not None
         self.asked.append((params.seed, params.temperature, scope.reuse))
+        self.verdicts.append(scope.verdict)
         text = self.texts.pop(0)
         answer = StoredAnswer(
             id=uuid4(),
@@ -143,6 +146,11 @@ class ScriptedLlm:
         yield final_output(
             asked, request_id, text, token_ids=(1,), metadata=metadata, answer=answer
         )
+
+    @property
+    def accepted(self) -> list[bool]:
+        """Of each answer to a request that bears a schema, whether it may be stored."""
+        return [verdict.result() for verdict in self.verdicts if verdict is not None]
 
     def forget(self, *, namespace: str, answer_ids: frozenset[UUID]) -> int:
         assert answer_ids, "an empty set would be every answer"
@@ -174,6 +182,7 @@ async def test_a_second_answer_that_fits_is_the_one_that_is_kept(checker: Schema
     assert outcome.answer is not None
     assert outcome.answer.id == llm.made[1]
     assert llm.forgotten == {llm.made[0]}
+    assert llm.accepted == [False, True]
     assert llm.asked == [(None, 0.0, None), (1, SECOND_TEMPERATURE, None)]
 
 
@@ -186,6 +195,7 @@ async def test_an_answer_that_never_fits_fails_and_is_forgotten(checker: SchemaC
     assert "2 is less than the minimum of 3" in outcome.result.error.message
     assert outcome.answer is None
     assert llm.forgotten == set(llm.made)
+    assert llm.accepted == [False, False]
     # The seed of a sampled request's second try is ours: nothing is stored under it.
     assert [reuse for _, _, reuse in llm.asked] == [None, Reuse.OFF]
 
@@ -203,6 +213,18 @@ async def test_a_costly_pattern_fails_its_job_at_once() -> None:
     assert outcome.result.error.type == "InvalidRequestError"
     assert "too costly a pattern" in outcome.result.error.message
     assert outcome.answer is None
+    assert llm.forgotten == set(llm.made)
+    assert llm.accepted == [False]
+
+
+async def test_an_answer_that_could_not_be_checked_is_forgotten() -> None:
+    checker = SchemaChecker()
+    await checker.aclose()
+    llm = ScriptedLlm("{}")
+    with pytest.raises(ServiceError):
+        await answerer(llm, checker).answer(claimed(prompt(structured_outputs={"json": SCHEMA})))
+    assert llm.forgotten == set(llm.made)
+    assert llm.accepted == [False]
 
 
 async def test_what_needs_no_schema_is_asked_once(checker: SchemaChecker) -> None:
@@ -210,3 +232,4 @@ async def test_what_needs_no_schema_is_asked_once(checker: SchemaChecker) -> Non
     outcome = await answerer(llm, checker).answer(claimed(prompt()))
     assert outcome.result.text == "anything"
     assert llm.forgotten == set()
+    assert llm.verdicts == [None]

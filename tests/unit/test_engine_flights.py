@@ -49,6 +49,7 @@ class Airport:
             EngineStats(),
             SideTasks(),
         )
+        self.tasks = tasks
         self.flights = Flights(
             config=CONFIG,
             enrichers=Enrichers(CONFIG),
@@ -74,12 +75,15 @@ class Airport:
         self.asked.append(call)
         return self.native.collector
 
-    def board(self, request_id: str, priority: int | None) -> Any:
+    def board(
+        self, request_id: str, priority: int | None, scope: RequestScope | None = None
+    ) -> Any:
         params = SamplingParams(temperature=0.0, output_kind=RequestOutputKind.DELTA)
         call = {"request_id": request_id, "prompt": "p", "params": params}
         if priority is not None:
             call["priority"] = priority
-        delivery: Any = SimpleNamespace(scope=RequestScope(), request_id=request_id, flight=None)
+        scope = scope or RequestScope()
+        delivery: Any = SimpleNamespace(scope=scope, request_id=request_id, flight=None)
         self.flights.board(RequestPlan(call=call, key=b"k"), delivery)
         return delivery.flight
 
@@ -131,3 +135,24 @@ async def test_enrichment_begins_when_vllm_has_the_request(
     assert enriched == ([True] if stays else [])
     flight.cancel()
     await flight.ended()
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+async def test_what_comes_late_is_stored_only_with_an_answer_that_is_accepted(
+    accepted: bool,
+) -> None:
+    airport = Airport()
+    airport.store.free.set()
+    verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    flight = airport.board("r", None, RequestScope(deferred=True, verdict=verdict))
+    flight.notes.late = True
+    airport.native.collector.put(output(piece("a", [1], end="stop"), finished=True))
+    async with asyncio.timeout(10):
+        await flight.ended()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert airport.store.answers == {}, "it has not been accepted yet"
+        verdict.set_result(accepted)
+        while len(airport.tasks):
+            await asyncio.sleep(0)
+    assert len(airport.store.answers) == accepted

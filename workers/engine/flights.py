@@ -230,7 +230,7 @@ class Flights:
             self._memory.complete(_complete(notes))
             self._stats.took(notes.enrichment.findings.seconds)
         self._stats.took(notes.seconds)
-        if notes.engine_stores or notes.late:
+        if notes.engine_stores or (notes.late and await scope.accepted()):
             await self._durable.keep(notes, planned, scope)
 
 

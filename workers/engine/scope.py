@@ -11,6 +11,7 @@ that needs a namespace, a reuse policy or the provenance therefore enters a scop
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,8 @@ class RequestScope:
     analyse_answer: bool = False
     trace_headers: Mapping[str, str] | None = None  # what vLLM's spans belong to (W3C)
     deferred: bool = False  # whoever opened the scope stores the answers; the engine does not
+    #: Whether they will be, where that is still to be found out: what comes late waits for it.
+    verdict: asyncio.Future[bool] | None = field(default=None, compare=False, repr=False)
     report: RequestReport = field(default_factory=RequestReport, compare=False, repr=False)
 
     def under(self, policy: ReusePolicy) -> RequestScope:
@@ -85,6 +88,13 @@ class RequestScope:
             self,
             **{name: getattr(policy, name) for name in _LEFT_OPEN if getattr(self, name) is None},
         )
+
+    async def accepted(self) -> bool:
+        """Whether answers may be stored, once that is known."""
+        if self.verdict is None:
+            return True
+        await asyncio.wait([self.verdict])  # others wait for it too: it must not be cancelled
+        return self.verdict.result()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[RequestScope]:
