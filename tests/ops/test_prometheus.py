@@ -197,6 +197,26 @@ def test_rules_and_configuration_are_sound():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_each_rule_alarms_when_it_should_and_not_before():
+    cases = Path(__file__).with_name("alerts_test.yml")
+    done = subprocess.run(
+        ["promtool", "test", "rules", cases], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_a_worker_serves_follows_the_conventions(prometheus: Prometheus, settings: Settings):
+    address = f"http://127.0.0.1:{settings.metrics_port}/metrics"
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        served = answer.read()
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=served, capture_output=True, check=False
+    )
+    faults = [line for line in done.stderr.decode().splitlines() if line.startswith("promptmill_")]
+    assert done.returncode in {0, 3}, done.stderr  # 3: something to say, be it of vLLM's names
+    assert faults == []
+
+
 def test_the_worker_is_found_and_up(prometheus: Prometheus):
     active = prometheus.get("targets")["activeTargets"]
     assert [target["health"] for target in active] == ["up"]

@@ -14,10 +14,11 @@ from workers import series
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/prometheus/alerts.yml"
+CASES = ROOT / "tests/ops/alerts_test.yml"  # of `promtool test rules`, in `make test-ops`
 #: vLLM's, the process' and Prometheus' own; a real scrape has them in `make test-ops`.
 FOREIGN = re.compile(r"(vllm:|process_|python_)\w+|up")
 _WORDS = re.compile(
-    r"\b(by|on|and|or|sum|max|min|rate|increase|absent|vector|histogram_quantile|clamp_min)\b"
+    r"\b(by|on|and|or|sum|max|min|rate|increase|absent|unless|vector|histogram_quantile|clamp_min)\b"
 )
 
 
@@ -48,6 +49,13 @@ def test_queries_name_series_that_there_are(query: str):
     unknown = {name for name in names(query) if name not in known and not FOREIGN.fullmatch(name)}
     assert names(query)
     assert unknown == set()
+
+
+def test_every_rule_is_seen_to_alarm():
+    rules = yaml.safe_load(RULES.read_text())["groups"]
+    named = {rule["alert"] for group in rules for rule in group["rules"]}
+    fired = re.findall(r'alertname="(\w+)"', CASES.read_text())
+    assert named == set(fired)
 
 
 def test_every_series_is_looked_at():
