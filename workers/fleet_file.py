@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from schema.errors import InvalidFileError, shown
+from schema.refusal import did_you_mean
 from workers.serving import engine_words
 
 EngineArgs = dict[str, Any]
+_WHERE = "; arguments of vLLM's go under engine_args"
 
 
 class WorkersOfAModel(BaseModel):
@@ -33,6 +35,13 @@ class WorkersOfAModel(BaseModel):
     engine_args: EngineArgs = Field(
         default_factory=dict, description="Of vLLM, for these workers; they win over those for all."
     )
+
+    @model_validator(mode="after")
+    def _counted_once(self) -> Self:
+        if self.gpus is not None and "count" in self.model_fields_set:
+            msg = "its cards say how many workers there are; leave out count or gpus"
+            raise ValueError(msg)
+        return self
 
 
 class FleetFile(BaseModel):
@@ -68,7 +77,7 @@ def read(path: Path) -> FleetFile:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _loader())  # noqa: S506  a safe one
     except OSError as exc:
         msg = f"it cannot be read ({exc.strerror})"
         raise InvalidFileError(msg, path=path) from exc
@@ -82,12 +91,36 @@ def read(path: Path) -> FleetFile:
         raise InvalidFileError(_faults(exc), path=path) from None
 
 
+def _loader() -> Any:
+    """Return YAML's safe loader, which refuses a key given twice; by itself it takes the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if not isinstance(key.value, str):
+                    continue
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
 def _faults(error: ValidationError) -> str:
     faults = []
     for fault in error.errors(include_url=False):
         field = ".".join(str(part) for part in fault["loc"]) or "the file"
         if fault["type"] == "extra_forbidden":
-            faults.append(f"{field} is not known")
+            names = (WorkersOfAModel if len(fault["loc"]) > 1 else FleetFile).model_fields
+            hint = did_you_mean(str(fault["loc"][-1]), names)
+            faults.append(f"{field} is not known{hint or _WHERE}")
+        elif fault["type"] == "value_error":
+            faults.append(f"{field}: {fault['msg'].removeprefix('Value error, ')}")
         elif field.endswith("gpus"):
             faults.append(f'{field}: put it in quotes, such as "0,1:2,3"')
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from workers.pinning import (
     parse_gpus,
     share_cpu,
 )
+from workers.serving import refuse_model
 
 if TYPE_CHECKING:
     from workers.hardware import Gpu
@@ -69,7 +70,7 @@ def plan(
 
     Raises:
         InvalidRequestError: Two of these contradict each other.
-        ConfigurationError: There are more workers than cores.
+        ConfigurationError: There are more workers than cores, or the model is an engine argument.
     """
     file = file or FleetFile()
     if file.workers:
@@ -78,8 +79,10 @@ def plan(
             raise InvalidRequestError(msg, field="config")
         groups = list(file.workers)
     else:
-        groups = [WorkersOfAModel(gpus=gpus, count=_count(gpus, workers))]
+        groups = [_of_the_command_line(gpus, workers)]
     words = [(*file.words(group if file.workers else None), *engine_args) for group in groups]
+    for own in words:
+        refuse_model(own)
     on_cpu = iter(
         share_cpu(
             [
@@ -118,22 +121,19 @@ def on_this_machine(posts: Sequence[Post], cards: Sequence[Gpu] | None) -> list[
         The posts, with cards named as vLLM wants them.
 
     Raises:
-        InvalidRequestError: A card is not here.
+        InvalidRequestError: A card is not here, or given to two workers under two names.
         ConfigurationError: The installed vLLM is the CPU's build.
     """
     wanted = [post for post in posts if post.device.gpus]
     if wanted and built_for_cpu():
         msg = "--gpus needs vLLM's build for GPUs, and the CPU's is installed: promptmill[gpu]"
         raise ConfigurationError(msg)
-    return [
-        Post(
-            device=check_gpus([post.device], cards)[0] if post.device.gpus else post.device,
-            model=post.model,
-            served_model_name=post.served_model_name,
-            engine_args=post.engine_args,
-        )
+    found = [
+        replace(post, device=check_gpus([post.device], cards)[0]) if post.device.gpus else post
         for post in posts
     ]
+    _refuse_one_card_twice([name for post in found for name in post.device.gpus], cards or ())
+    return found
 
 
 def cards_here(posts: Sequence[Post]) -> list[Gpu] | None:
@@ -145,19 +145,36 @@ def cards_here(posts: Sequence[Post]) -> list[Gpu] | None:
     return hardware.gpus() if any(post.device.gpus for post in posts) else None
 
 
-def _count(gpus: str | None, workers: int | None) -> int:
+def _of_the_command_line(gpus: str | None, workers: int | None) -> WorkersOfAModel:
     if gpus is None:
-        return workers or 1
+        return WorkersOfAModel(count=workers or 1)
     found = len(parse_gpus(gpus))
     if workers not in (None, found):
         msg = f"{gpus!r} is {found} workers; leave the number out, or make them agree"
         raise InvalidRequestError(msg, field="workers", value=workers)
-    return 1
+    return WorkersOfAModel(gpus=gpus)
+
+
+_SHARED = "is given to two workers; each needs devices of its own"
 
 
 def _refuse_shared(posts: Sequence[Post]) -> None:
     named = list(chain.from_iterable(post.device.gpus for post in posts))
     for name in named:
         if named.count(name) > 1:
-            msg = "is given to two workers; each needs devices of its own"
-            raise InvalidRequestError(msg, field="gpus", value=name)
+            raise InvalidRequestError(_SHARED, field="gpus", value=name)
+
+
+def _refuse_one_card_twice(named: Sequence[str], cards: Sequence[Gpu]) -> None:
+    """Refuse two names of one card, unless they are two parts of it."""
+    taken: dict[int, list[str]] = {}
+    for name in named:
+        card = next((card for card in cards if card.answers_to(name)), None)
+        if card is None:
+            continue
+        before = taken.setdefault(card.index, [])
+        for other in before:
+            if name == other or not (name.startswith("MIG-") and other.startswith("MIG-")):
+                msg = f"is the card that {other} is too; each worker needs devices of its own"
+                raise InvalidRequestError(msg, field="gpus", value=name)
+        before.append(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,17 @@ _CARDS = "CUDA_VISIBLE_DEVICES"
 _SHOWN_UUID = 12  # characters: enough to tell cards of one machine apart
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _TENSOR = ("--tensor-parallel-size", "-tp")
-_OTHER_SIZES = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
+_PIPELINE = ("--pipeline-parallel-size", "-pp")
+_CONTEXT = ("--prefill-context-parallel-size", "-pcp")
+_REPLICAS = ("--data-parallel-size", "-dp")
+_REPLICAS_HERE = ("--data-parallel-size-local", "-dpl")
+#: Who places the ranks, where that is not vLLM on this machine alone.
+_PLACING = (
+    (("--distributed-executor-backend",), "ray"),
+    (("--data-parallel-backend", "-dpb"), "ray"),
+)
+_MACHINES = ("--nnodes", "-n")
+_NAMED = re.compile(r"\d+|(GPU|MIG)-[\w/-]*", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +77,14 @@ class Device:
         Raises:
             InvalidRequestError: They make another number of ranks than there are cards.
         """
-        if len(self.gpus) < 2 or flag_value(given, "--distributed-executor-backend") == "ray":
+        if not self.gpus or _placed_elsewhere(given):
             return ()
         others = parallel_ranks(given) // _size(given, _TENSOR)
         tensor, left = divmod(len(self.gpus), others)
         wanted = flag_value(given, *_TENSOR)
         if left or (wanted is not None and int(wanted) != tensor):
-            msg = f"{len(self.gpus)} cards cannot be {parallel_ranks(given)} ranks of vLLM's"
+            many = f"{len(self.gpus)} card{'s' * (len(self.gpus) > 1)}"
+            msg = f"{many} cannot be {parallel_ranks(given)} ranks of vLLM's"
             raise InvalidRequestError(msg, field="gpus", value=",".join(self.gpus))
         return () if wanted or tensor == 1 else (_TENSOR[0], str(tensor))
 
@@ -88,12 +100,8 @@ def parse_gpus(text: str) -> list[Device]:
     Raises:
         InvalidRequestError: It names no device, or one twice, or a group that CUDA cannot have.
     """
-    groups = [tuple(name.strip() for name in group.split(",")) for group in text.split(":")]
+    groups = [tuple(map(_device_name, group.split(","))) for group in text.split(":")]
     named = [name for group in groups for name in group]
-    for name in named:
-        if not (name.isdigit() or name.startswith(("GPU-", "MIG-"))):
-            msg = "is no device; give indices or GPU-/MIG- names, such as 0,1:2,3"
-            raise InvalidRequestError(msg, field="gpus", value=name)
     if len(set(named)) < len(named):
         msg = "names a device twice; each worker needs devices of its own"
         raise InvalidRequestError(msg, field="gpus", value=text)
@@ -105,6 +113,14 @@ def parse_gpus(text: str) -> list[Device]:
             msg = "a group is all indices or all names: CUDA takes no mixture"
             raise InvalidRequestError(msg, field="gpus", value=",".join(group))
     return [Device(gpus=group) for group in groups]
+
+
+def _device_name(text: str) -> str:
+    name = text.strip()
+    if not _NAMED.fullmatch(name):
+        msg = "is no device; give indices or GPU-/MIG- names, such as 0,1:2,3"
+        raise InvalidRequestError(msg, field="gpus", value=name)
+    return str(int(name)) if name.isdigit() else name
 
 
 def check_gpus(devices: Sequence[Device], cards: Sequence[Gpu] | None) -> list[Device]:
@@ -161,7 +177,7 @@ def share_cpu(ranks: Sequence[int]) -> list[Device]:
 
 
 def parallel_ranks(engine_args: Sequence[str]) -> int:
-    """Return how many processes of an engine compute: tensor, pipeline and data parallel.
+    """Return how many processes of an engine compute here: tensor, pipeline and data parallel.
 
     Args:
         engine_args: Of vLLM's command line.
@@ -169,10 +185,18 @@ def parallel_ranks(engine_args: Sequence[str]) -> int:
     Raises:
         InvalidRequestError: A size is no number.
     """
-    ranks = _size(engine_args, _TENSOR)
-    for names in _OTHER_SIZES:
+    ranks = 1
+    for names in (_TENSOR, _PIPELINE, _CONTEXT):
         ranks *= _size(engine_args, names)
-    return ranks
+    # Of replicas over several machines, those of this one.
+    here = flag_value(engine_args, *_REPLICAS_HERE) is not None
+    return ranks * _size(engine_args, _REPLICAS_HERE if here else _REPLICAS)
+
+
+def _placed_elsewhere(engine_args: Sequence[str]) -> bool:
+    """Whether Ray, or several machines together, decide which rank runs on which card."""
+    by_ray = any(flag_value(engine_args, *names) == word for names, word in _PLACING)
+    return by_ray or _size(engine_args, _MACHINES) > 1
 
 
 def visible_devices() -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from schema.errors import ConfigurationError
+from schema.errors import ConfigurationError, InvalidRequestError
 from schema.names import is_name
+from schema.refusal import did_you_mean
 from workers.endpoints import BUNDLED, served_name
 from workers.otlp import vllm_otlp
 from workers.pinning import built_for_cpu, flag_value
@@ -58,6 +60,7 @@ def served_model(settings: Settings, *, engine_args: Sequence[str] = ()) -> Serv
     Raises:
         ConfigurationError: A name cannot be used, or the bundled model is not installed.
     """
+    refuse_model(engine_args)
     name = served_name(settings)
     aliases, given = _parted(engine_args, "--served-model-name")
     if settings.model is not None and name is not None:
@@ -80,6 +83,22 @@ def served_model(settings: Settings, *, engine_args: Sequence[str] = ()) -> Serv
             msg = f"{other!r} cannot name an adapter or a model; give a short name of its own"
             raise ConfigurationError(msg)
     return served
+
+
+def refuse_model(engine_args: Sequence[str]) -> None:
+    """Refuse a model among the engine arguments: its jobs would ask for it by another's name.
+
+    Args:
+        engine_args: Of vLLM's command line.
+
+    Raises:
+        ConfigurationError: One is there.
+    """
+    if (model := flag_value(engine_args, "--model")) is not None:
+        msg = (
+            f"the model is no engine argument; give it as --model {model}, or in the file as model"
+        )
+        raise ConfigurationError(msg)
 
 
 def _parted(words: Sequence[str], flag: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -114,10 +133,17 @@ def engine_words(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     Args:
         arguments: By name, with ``_`` or ``-``. True is a flag alone, False its ``--no-`` form, a
             list several words, a mapping JSON; None leaves vLLM its default.
+
+    Raises:
+        InvalidRequestError: One has no name.
     """
     words: list[str] = []
     for name, value in arguments.items():
-        flag = name.strip().lstrip("-").replace("_", "-")
+        # What follows a dot is a key of vLLM's, which may hold an underscore.
+        first, dot, rest = name.strip().lstrip("-").partition(".")
+        flag = first.replace("_", "-") + dot + rest
+        if not flag:
+            raise InvalidRequestError("has no name", field="engine_args", value=f"{name}={value}")
         if value is None:
             continue
         if isinstance(value, bool):
@@ -130,6 +156,35 @@ def engine_words(arguments: Mapping[str, Any]) -> tuple[str, ...]:
         else:
             words += [f"--{flag}", str(value)]
     return tuple(words)
+
+
+def named_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Read engine arguments as they stand on our command line.
+
+    Args:
+        given: ``name=value`` each; ``name`` alone is true. ``true``, ``false``, ``null`` and lists
+            are JSON, everything else is text. What is given again adds to a list.
+
+    Returns:
+        Arguments as `engine_words` takes them.
+    """
+    found: dict[str, list[Any]] = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        values = found.setdefault(name.strip().lstrip("-").replace("-", "_"), [])
+        for one in _values(value) if separator else (True,):
+            if one not in values:
+                values.append(one)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+
+def _values(text: str) -> list[Any]:
+    if text.lower() in {"true", "false", "null"}:
+        return [json.loads(text.lower())]
+    if text.startswith("["):
+        with contextlib.suppress(ValueError):
+            return list(json.loads(text))
+    return [text]
 
 
 def _cpu_arguments(given: Sequence[str]) -> tuple[str, ...]:
@@ -161,20 +216,47 @@ def vllm_arguments(model: ServedModel, *, otlp_endpoint: str | None = None) -> N
     except ModuleNotFoundError:  # up to vLLM 0.32
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
-    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
-    words = ["--model", model.path, "--served-model-name", model.name, *model.aliases]
-    words += model.engine_args
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            # By itself it prints all of vLLM's arguments, and the words that matter after them.
+            raise ConfigurationError(f"vLLM does not take this: {message}{_nearest(self, message)}")
+
+    # A beginning of a name would be understood by vLLM, but not by what reads the words here.
+    parser = make_arg_parser(Parser(prog="vllm", allow_abbrev=False))
+    words = ["--model", model.path, *model.engine_args]
+    words += ["--served-model-name", model.name, *model.aliases]
     if otlp_endpoint is not None:
         address, protocol = vllm_otlp(otlp_endpoint)
         words += ["--otlp-traces-endpoint", address]
         # vLLM's processes take the address from the command line and the protocol from here.
         os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
+    switches = {f"--no-{name[2:]}" for name in _option_names(parser, "_StoreTrueAction")}
     try:
-        args: Namespace = parser.parse_args(words)
-    except SystemExit as exc:
-        msg = f"vLLM does not take these engine arguments: {' '.join(model.engine_args)}"
+        # What is off unless switched on has no word for being off.
+        args: Namespace = parser.parse_args([word for word in words if word not in switches])
+    except SystemExit as exc:  # what it was asked for is not to serve, such as --help
+        msg = f"vLLM does not serve with these arguments: {' '.join(model.engine_args)}"
         raise ConfigurationError(msg) from exc
+    if (stray := getattr(args, "model_tag", None)) is not None:
+        raise ConfigurationError(f"vLLM has no use for {stray!r}; its arguments begin with --")
     return args
+
+
+def _nearest(parser: ArgumentParser, message: str) -> str:
+    """Return hints at what the unknown words of a parser's message may have meant."""
+    _, _, unknown = message.partition("unrecognized arguments: ")
+    known = _option_names(parser)
+    flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
+    return "".join(did_you_mean(flag, known) for flag in flags)
+
+
+def _option_names(parser: ArgumentParser, kind: str = "") -> list[str]:
+    return [
+        name
+        for action in parser._actions  # noqa: SLF001  there is no other list of them
+        if not kind or type(action).__name__ == kind
+        for name in action.option_strings
+    ]
 
 
 def prepare_environment() -> None:

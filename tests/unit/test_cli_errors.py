@@ -14,6 +14,7 @@ from schema.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
     InvalidFileError,
+    InvalidRequestError,
     QueueFullError,
     ResultTimeoutError,
 )
@@ -169,11 +170,31 @@ def test_masking():
         (["enforce-eager=true"], None, ["--enforce-eager"]),
         (["enable_prefix_caching=false"], None, ["--no-enable-prefix-caching"]),
         (["--dtype=half"], ["--seed", "1"], ["--dtype", "half", "--seed", "1"]),
+        (["dtype=null", "seed=-1"], None, ["--seed", "-1"]),
+        (['served_model_name=["a", "b"]'], None, ["--served-model-name", "a", "b"]),
+        (
+            ["lora_modules=x=/a", 'lora-modules={"name": "y", "path": "/b"}', "lora_modules=x=/a"],
+            None,
+            ["--lora-modules", "x=/a", '{"name": "y", "path": "/b"}'],
+        ),
+        (["hf_overrides={"], None, ["--hf-overrides", "{"]),  # vLLM says what is wrong with it
+        (
+            ["compilation_config.cudagraph_mode=NONE"],
+            None,
+            ["--compilation-config.cudagraph_mode", "NONE"],
+        ),
+        (["chat_template=[not JSON"], None, ["--chat-template", "[not JSON"]),
         (None, None, []),
     ],
 )
 def test_engine_arguments(named: list[str] | None, plain: list[str] | None, words: list[str]):
     assert _engine_args(named, plain) == words
+
+
+@pytest.mark.parametrize("given", ["=8", "", "--=8"])
+def test_an_engine_argument_has_a_name(given: str):
+    with pytest.raises(InvalidRequestError, match="has no name"):
+        _engine_args([given], None)
 
 
 def test_help_imports_nothing_heavy():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ CARDS = [
         ("0,1:2,3", ["0,1", "2,3"]),
         (" 0 , 1 ", ["0,1"]),
         ("GPU-aaaa:MIG-cccc", ["GPU-aaaa", "MIG-cccc"]),
+        ("MIG-GPU-aaaa/1/0", ["MIG-GPU-aaaa/1/0"]),
     ],
 )
 def test_a_worker_a_group_pinned_before_it_starts(text: str, environments: list[str]):
@@ -56,7 +58,12 @@ def test_a_worker_a_group_pinned_before_it_starts(text: str, environments: list[
         ("0,", "is no device"),
         ("cuda:0", "is no device"),
         ("-1", "is no device"),
+        ("0;1", "is no device"),
+        ("0 1", "is no device"),
+        ("\N{SUPERSCRIPT TWO}", "is no device"),
+        ("GPU-a b", "is no device"),
         ("0:0", "twice"),
+        ("0:00", "twice"),
         ("MIG-a,MIG-b", "one MIG device"),
         ("0,GPU-a", "no mixture"),
     ],
@@ -80,6 +87,29 @@ def test_cards_are_compared_with_those_there_are():
             check_gpus(parse_gpus(text), CARDS)
     with pytest.raises(InvalidRequestError, match="may be any of 2"):
         check_gpus(parse_gpus("GPU-"), CARDS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0:GPU-aaaa1111-0000",
+        "GPU-aaaa:GPU-aaaa1111",
+        "GPU-aaaa,GPU-aaaa1111-0000",
+        "1:MIG-cccc",  # a card, and a part of it
+        "MIG-cccc:MIG-cccc3333",
+    ],
+)
+def test_two_names_of_one_card_are_seen_through(text: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fleet_plan, "built_for_cpu", lambda: False)
+    with pytest.raises(InvalidRequestError, match=r"is the card that .* is too"):
+        on_this_machine(plan(gpus=text), CARDS)
+
+
+def test_parts_of_a_card_are_workers_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fleet_plan, "built_for_cpu", lambda: False)
+    cards = [Gpu(index=0, name="H100", uuid="GPU-aaaa", slices=("MIG-bbbb", "MIG-cccc"))]
+    found = on_this_machine(plan(gpus="MIG-b:MIG-c"), cards)
+    assert [post.device.gpus for post in found] == [("MIG-bbbb",), ("MIG-cccc",)]
 
 
 def test_nvidias_listing_is_read():
@@ -109,6 +139,10 @@ GPU 1: NVIDIA H100 PCIe (UUID: GPU-dddd1111-2222)
         (["--tensor_parallel_size=4"], []),
         (["-tp", "2", "-dp", "2"], []),
         (["--distributed-executor-backend", "ray", "-tp", "16"], []),
+        (["--data-parallel-backend=ray", "-dp", "16"], []),
+        (["--nnodes", "2", "-tp", "8"], []),
+        # Two machines of four cards: what concerns this one are its own replicas.
+        (["-dp", "4", "--data-parallel-size-local", "2"], ["--tensor-parallel-size", "2"]),
     ],
 )
 def test_a_group_is_tensor_parallel_unless_told_otherwise(given: list[str], asked: list[str]):
@@ -121,6 +155,13 @@ def test_ranks_that_do_not_fit_the_cards(given: list[str]):
     (device,) = parse_gpus("0,1,2,3")
     with pytest.raises(InvalidRequestError):
         device.engine_args(given)
+
+
+def test_one_card_is_not_two_ranks():
+    (device,) = parse_gpus("0")
+    assert device.engine_args(["-tp", "1"]) == ()
+    with pytest.raises(InvalidRequestError, match="1 card cannot be 2 ranks"):
+        device.engine_args(["--tensor-parallel-size", "2"])
 
 
 def test_vllm_takes_parallelism_of_its_own():
@@ -180,6 +221,12 @@ class TestCpu:
     def test_what_is_unset_is_not_divided(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
         assert {device.cache_gib for device in share_cpu([1, 1])} == {None}
+
+
+def test_a_workers_name_is_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    named = f"qwen3@{socket.gethostname()}:gpu2+3:{os.getpid()}"
+    assert pinning.worker_name("qwen3") == named
 
 
 @pytest.mark.parametrize(
@@ -248,6 +295,13 @@ class TestFile:
             ("workers: [{model: a, gpus: 1:2}]", "workers.0.gpus: put it in quotes"),
             ("workers: [{model: a, count: 0}]", "workers.0.count: .* greater than or equal to 1"),
             ("- a", "the file: "),
+            ("max_model_len: 512", "max_model_len is not known; arguments of .* engine_args"),
+            ("workers: [{modle: a}]", "workers.0.modle is not known; did you mean 'model'"),
+            ("engine_args: {seed: 1, seed: 2}", "seed is given twice"),
+            ("engine_args: [seed]", "engine_args: .*dictionary"),
+            ("workers: [{gpus: '0:1', count: 2}]", "workers.0: its cards say"),
+            ("workers: [{gpus: 0}]", "workers.0.gpus: put it in quotes"),
+            ("workers: [{model: a}\n  b", "fleet.yaml:2: it is not YAML"),
         ],
     )
     def test_mistakes_are_named(self, tmp_path: Path, text: str, says: str):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from schema.errors import ConfigurationError
-from workers import serving
+from workers import fleet_plan, serving
 from workers.settings import load_settings
 
 
@@ -82,3 +82,45 @@ def test_modules_of_a_file_are_words_that_vllm_reads() -> None:
     modules = [{"name": "x", "path": "/a"}, "y=/b"]
     words = serving.engine_words({"lora_modules": modules})
     assert words == ("--lora-modules", '{"name": "x", "path": "/a"}', "y=/b")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--max-modle-len", "8"], "--max-modle-len; did you mean '--max-model-len'?"),
+        (["--max-model", "8"], "did you mean '--max-model-len'?"),  # no beginnings of names
+        (["--max-model-len", "eight"], "--max-model-len: .*'eight'"),
+        (["--dtype", "flaot16"], "--dtype: .*'flaot16'.*float16"),
+        (["--compilation-config", "{"], "--compilation-config"),
+        (["stray"], "no use for 'stray'"),
+        (["--help"], "--help"),
+    ],
+)
+def test_what_vllm_does_not_take_is_told_in_one_sentence(words: list[str], says: str) -> None:
+    model = serving.ServedModel(name="m", path="m", engine_args=tuple(words))
+    with pytest.raises(ConfigurationError, match=says) as caught:
+        serving.vllm_arguments(model)
+    assert "\n" not in str(caught.value).partition("validation error")[0]
+
+
+def test_arguments_of_every_shape_reach_vllm() -> None:
+    given = ["max_model_len=8k", "enforce_eager", "enable_prefix_caching=false", "seed=-1"]
+    given += ["disable_log_stats=false", 'hf_overrides={"a": 1}', 'lora_modules=["x=/a", "y=/b"]']
+    given += ["compilation_config.cudagraph_mode=NONE"]
+    words = serving.engine_words(serving.named_arguments(given))
+    model = serving.ServedModel(name="m", path="m", engine_args=words)
+    args = serving.vllm_arguments(model)
+    assert (args.max_model_len, args.seed) == (8000, -1)
+    assert (args.enforce_eager, args.enable_prefix_caching) == (True, False)
+    assert args.disable_log_stats is False
+    assert args.hf_overrides == {"a": 1}
+    assert [module.name for module in args.lora_modules] == ["x", "y"]
+    assert args.compilation_config.cudagraph_mode.name == "NONE"
+
+
+def test_a_model_is_no_engine_argument() -> None:
+    """Its jobs would be answered by another model than the one they name."""
+    with pytest.raises(ConfigurationError, match="give it as --model other"):
+        serving.served_model(load_settings(model="some/model"), engine_args=["--model=other"])
+    with pytest.raises(ConfigurationError, match="give it as --model other"):
+        fleet_plan.plan(engine_args=["--model", "other"])

@@ -160,14 +160,9 @@ def _file_words(config_file: Path | None) -> tuple[str, ...]:
 
 
 def _engine_args(named: list[str] | None, plain: list[str] | None) -> list[str]:
-    from workers.serving import engine_words
+    from workers.serving import engine_words, named_arguments
 
-    words: list[str] = []
-    for argument in named or ():
-        name, separator, value = argument.partition("=")
-        plainly = {"true": True, "false": False}.get(value.lower(), value)
-        words += engine_words({name: plainly if separator else True})
-    return words + list(plain or ())
+    return [*engine_words(named_arguments(named or ())), *(plain or ())]
 
 
 @db.command()
