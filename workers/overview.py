@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -58,9 +59,18 @@ class WorkerView:
     ended: int  # jobs since its start
     jobs_per_s: float | None  # None until two of its words were seen
     tokens_per_s: float | None
-    reused: float | None  # share of its requests answered without a generation, 0 to 1
+    answers: Mapping[str, int]  # its requests by how they were answered: generated, exact, …
     memory_bytes: int
     lag_s: float  # the longest the event loop stood still, of late
+
+    @property
+    def reused(self) -> float | None:
+        """Share of its requests answered without a generation, 0 to 1; None before the first."""
+        return _reused(self.answers)
+
+    def public(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return {**asdict(self), "reused": self.reused}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +93,23 @@ class Overview:
     slow: tuple[JobStatus, ...]  # running, the longest first; of the watcher's namespace
     failed: tuple[JobStatus, ...]  # the newest first; of the watcher's namespace
 
+    @property
+    def answers(self) -> Counter[str]:
+        """Requests of all workers by how they were answered."""
+        return sum((Counter(worker.answers) for worker in self.workers), Counter[str]())
+
+    @property
+    def reused(self) -> float | None:
+        """Share of all requests answered without a generation, 0 to 1; None before the first."""
+        return _reused(self.answers)
+
     def public(self) -> dict[str, Any]:
         """Return it as JSON types."""
         return {
             "at": self.at.isoformat(),
-            "workers": [asdict(worker) for worker in self.workers],
+            "reused": self.reused,
+            "answers": dict(self.answers),
+            "workers": [worker.public() for worker in self.workers],
             "queues": [asdict(queue) for queue in self.queues],
             "slow": [job.model_dump(mode="json") for job in self.slow],
             "failed": [job.model_dump(mode="json") for job in self.failed],
@@ -163,7 +185,6 @@ class Watcher:
         tokens = int(said.get("tokens") or 0)
         before = self._paces.get(name) or _Pace(at=now, ended=ended, tokens=tokens)
         pace = self._paces[name] = before.until(now, ended, tokens)
-        engine = said.get("engine") or {}
         return WorkerView(
             name=name,
             device=str(said.get("device", "")),
@@ -173,7 +194,7 @@ class Watcher:
             ended=ended,
             jobs_per_s=pace.jobs_per_s,
             tokens_per_s=pace.tokens_per_s,
-            reused=_reused(engine),
+            answers=_answers(said.get("engine") or {}),
             memory_bytes=sum((said.get("memory") or {}).values()),
             lag_s=float(said.get("lag_s") or 0.0),
         )
@@ -183,7 +204,13 @@ def _began(job: JobStatus) -> datetime:
     return job.started_at or job.created_at
 
 
-def _reused(engine: Mapping[str, Any]) -> float | None:
-    reused = sum((engine.get("hits") or {}).values()) + (engine.get("coalesced") or 0)
-    answered = reused + (engine.get("generated") or 0)
-    return reused / answered if answered else None
+def _answers(engine: Mapping[str, Any]) -> dict[str, int]:
+    found = Counter(generated=engine.get("generated") or 0, coalesced=engine.get("coalesced") or 0)
+    for kind_and_tier, count in (engine.get("hits") or {}).items():
+        found[kind_and_tier.partition("/")[0]] += count
+    return dict(found)
+
+
+def _reused(answers: Mapping[str, int]) -> float | None:
+    answered = sum(answers.values())
+    return 1 - answers.get("generated", 0) / answered if answered else None

@@ -6,20 +6,22 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime
 from uuid import uuid4
 
 import orjson
 import pytest
 
+from schema import names
 from schema.errors import ConfigurationError
 from schema.jobs import JobError, JobResult, JobState
 from tests.integration.builders import admit, spec
 from workers import registry
 from workers.aio_client import AsyncJobClient
-from workers.cli.top import _watch
+from workers.cli.top import _watch, summary
 from workers.cli.top_view import JobScreen, TopView
 from workers.local import LocalStack
-from workers.overview import Watcher
+from workers.overview import Overview, Watcher
 from workers.queue_marks import shine
 from workers.settings import load_settings
 from workers.store.jobs import JobStore
@@ -87,10 +89,15 @@ async def test_a_look_has_workers_queues_and_jobs(client: AsyncJobClient, worker
     (mine,) = [one for one in seen.workers if one.name == worker]
     assert (mine.running, mine.slots, mine.ended, mine.reused) == (3, 8, 12, 0.75)
     assert (mine.memory_bytes, mine.jobs_per_s) == (3_000_000_000, None)
+    assert mine.answers == {"generated": 1, "coalesced": 1, "exact": 2}
     assert "m" in {queue.model for queue in seen.queues}
     assert named(seen.failed) == [bad]
     assert named(seen.slow) == [running]
-    assert seen.public()["failed"][0]["error"]["message"] == "the card has fallen off the bus"
+    public = seen.public()
+    assert public["failed"][0]["error"]["message"] == "the card has fallen off the bus"
+    (told,) = [one for one in public["workers"] if one["name"] == worker]
+    assert (told["device"], told["reused"]) == ("gpu0", 0.75)
+    assert 0 < public["reused"] < 1
 
     # The rate is what came between two looks.
     redis = (await client.connection()).redis
@@ -142,6 +149,35 @@ async def test_keys_look_into_cancel_and_retry(client: AsyncJobClient, worker: s
                 await pilot.pause(0.05)
         await pilot.press("q")
         await until(pilot, lambda: not app.is_running)
+
+
+async def test_a_narrow_terminal_shows_what_matters(client: AsyncJobClient, worker: str) -> None:
+    bad, running = await failed_and_running(client)
+    redis = (await client.connection()).redis
+    for name in await redis.keys(names.worker_key("*")):  # of other tests
+        if worker not in name.decode():
+            await redis.delete(name)
+    app = TopView(client, every_s=3600)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.pause()
+        await shine(redis, worker, {**SAID, "jobs": {"done": 20, "failed": 2}, "tokens": 600})
+        await app.look()
+        await pilot.pause()
+        lines = [strip.text for strip in app.screen._compositor.render_strips()]
+    shown = " ".join(" ".join(lines).split())
+    for words in ("1 worker ", "3 of 8 slots", "reused 75%", "exact 50%, coalesced 25%"):
+        assert words in shown
+    for column in ("device", "jobs/s", "tokens/s", "reused", "queued", "oldest", "since", "error"):
+        assert column in shown
+    assert "gpu0" in shown
+    assert "host:" in shown
+    for words in (bad, running, "the card has fallen", "enter", "look into", "cancel", "quit"):
+        assert words in shown
+
+
+def test_a_share_and_a_rate_that_nobody_knows_are_left_out() -> None:
+    seen = Overview(at=datetime.now(UTC), workers=(), queues=(), slow=(), failed=())
+    assert summary(seen).split("   ")[1:] == ["0 workers", "0 of 0 slots"]
 
 
 async def test_keys_act_on_the_job_that_was_chosen(client: AsyncJobClient, worker: str) -> None:

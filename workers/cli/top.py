@@ -11,10 +11,14 @@ from schema.errors import ConfigurationError
 from workers.cli.shared import Json, Namespace, job_rows, print_json, settings_with, table
 
 if TYPE_CHECKING:
-    from workers.overview import Overview
+    from workers.overview import Overview, WorkerView
     from workers.settings import Settings
 
-WORKERS = ("worker", "jobs", "ended", "jobs/s", "tokens/s", "reused", "memory", "lag")
+# What matters most comes first: a narrow terminal shows so much of it.
+WORKERS = (
+    *("worker", "device", "jobs", "jobs/s", "tokens/s", "reused", "memory", "lag", "ended"),
+    "models",
+)
 QUEUES = ("model", "queued", "running", "oldest")
 
 
@@ -47,6 +51,7 @@ def top(
     if as_json:
         print_json(seen.public())
         return
+    print(summary(seen))
     table(WORKERS, worker_rows(seen))
     table(QUEUES, queue_rows(seen))
     job_rows((*seen.slow, *seen.failed))
@@ -56,14 +61,16 @@ def worker_rows(seen: Overview) -> list[tuple[str, ...]]:
     """Return a line for each worker, under `WORKERS`."""
     return [
         (
-            worker.name,
+            _place(worker),
+            worker.device,
             f"{worker.running}/{worker.slots}",
-            str(worker.ended),
             _rate(worker.jobs_per_s),
             _rate(worker.tokens_per_s),
-            "" if worker.reused is None else f"{worker.reused:.0%}",
+            _share(worker.reused),
             f"{worker.memory_bytes / 1e9:.1f} GB",
             f"{worker.lag_s * 1000:.0f} ms",
+            str(worker.ended),
+            ", ".join(worker.models),
         )
         for worker in seen.workers
     ]
@@ -75,6 +82,35 @@ def queue_rows(seen: Overview) -> list[tuple[str, ...]]:
         (queue.model, str(queue.queued), str(queue.running), f"{queue.oldest_s:.0f} s")
         for queue in seen.queues
     ]
+
+
+def summary(seen: Overview) -> str:
+    """Return one line on all workers together."""
+    workers = seen.workers
+    told = [
+        f"{seen.at:%H:%M:%S} UTC",
+        f"{len(workers)} worker{'s' * (len(workers) != 1)}",
+        f"{sum(one.running for one in workers)} of {sum(one.slots for one in workers)} slots",
+    ]
+    if any(one.jobs_per_s is not None for one in workers):
+        told.append(f"{sum(one.jobs_per_s or 0 for one in workers):.1f} jobs/s")
+        told.append(f"{sum(one.tokens_per_s or 0 for one in workers):.0f} tokens/s")
+    answers = seen.answers
+    kinds = [kind for kind in ("exact", "semantic", "coalesced") if answers[kind]]
+    shares = ", ".join(f"{kind} {_share(answers[kind] / answers.total())}" for kind in kinds)
+    if seen.reused is not None:
+        told.append(f"reused {_share(seen.reused)}" + (f" ({shares})" if shares else ""))
+    return "   ".join(told)
+
+
+def _place(worker: WorkerView) -> str:
+    """Return what tells a worker from the others of its device: its host, and its process."""
+    host, _, process = worker.name.rpartition("@")[2].rpartition(f":{worker.device}:")
+    return f"{host}:{process}" if host else worker.name
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _rate(value: float | None) -> str:

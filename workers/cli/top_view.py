@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Static
 
 from schema.errors import PromptmillError
-from workers.cli.top import QUEUES, WORKERS, queue_rows, worker_rows
+from workers.cli.top import QUEUES, WORKERS, queue_rows, summary, worker_rows
 from workers.overview import Overview, Watcher
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from schema.jobs import JobStatus
     from workers.aio_client import AsyncJobClient
 
-_JOBS = ("job", "state", "model", "attempts", "since", "error")
+_JOBS = ("job", "state", "since", "error", "attempts", "model")
 
 
 class JobScreen(ModalScreen[None]):
@@ -44,6 +44,14 @@ class JobScreen(ModalScreen[None]):
             yield Static(self._text, markup=False)
 
 
+class JobTable(DataTable[str]):
+    """The jobs; the footer names the key that looks into one."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "select_cursor", "look into", key_display="enter")
+    ]
+
+
 class TopView(App[None]):
     """Workers above, queues below, then jobs that can be chosen.
 
@@ -54,9 +62,12 @@ class TopView(App[None]):
     """
 
     TITLE = "promptmill top"
-    CSS = "DataTable { height: auto; max-height: 50%; margin-bottom: 1; } JobScreen { padding: 2; }"
+    CSS = """
+        #workers, #queues { height: auto; max-height: 30%; margin-bottom: 1; }
+        #jobs { height: 1fr; }
+        JobScreen { padding: 2; }
+    """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "look", "look into", priority=False),
         Binding("c", "cancel", "cancel"),
         Binding("r", "retry", "run once more"),
         Binding("q", "quit", "quit"),
@@ -77,7 +88,7 @@ class TopView(App[None]):
         yield Static("looking…", id="head")
         yield DataTable(id="workers", cursor_type="none")
         yield DataTable(id="queues", cursor_type="none")
-        yield DataTable(id="jobs", cursor_type="row")
+        yield JobTable(id="jobs", cursor_type="row")
         yield Footer()
 
     async def on_mount(self) -> None:
@@ -95,11 +106,7 @@ class TopView(App[None]):
         except PromptmillError as exc:
             self._head().update(f"waiting: {exc}")
             return
-        slots = sum(worker.slots for worker in seen.workers)
-        running = sum(worker.running for worker in seen.workers)
-        self._head().update(
-            f"{seen.at:%H:%M:%S} UTC   {len(seen.workers)} workers   {running} of {slots} slots"
-        )
+        self._head().update(summary(seen))
         self._fill(seen)
 
     def _fill(self, seen: Overview) -> None:
@@ -188,4 +195,4 @@ def _job_row(job: JobStatus, seen: Overview) -> tuple[str, ...]:
     since = (seen.at - (job.finished_at or job.started_at or job.created_at)).total_seconds()
     error = job.error.message.splitlines()[0][:60] if job.error and job.error.message else ""
     since_text = f"{max(since, 0):.0f} s"
-    return str(job.job_id), job.state.value, job.model, str(job.attempts), since_text, error
+    return str(job.job_id), job.state.value, since_text, error, str(job.attempts), job.model
