@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from kombu import Exchange, Queue
 
 from schema import names
+from schema.errors import PromptmillError
 from workers import logs, tasks
 from workers.pinning import device_here
 from workers.pool import lifespan
@@ -89,19 +90,33 @@ def run_worker(
         start_engine: Starts something else in vLLM's place.
 
     Returns:
-        The process' exit code.
+        The process' exit code: 0 after it was told to stop.
+
+    Raises:
+        PromptmillError: It did not start, for a reason that needs no traceback.
     """
+    from celery.signals import celeryd_after_setup
+
     from workers.runtime import worker_runtime
 
     app = make_app(settings, endpoints.redis_url, *model.names)
     current: list[Pipeline] = []
+    refused: list[PromptmillError] = []
+    made: list[Any] = []
+    celeryd_after_setup.connect(lambda instance, **_: made.append(instance), weak=False)
     tasks.register(app, current)
 
     @lifespan(app)
     @asynccontextmanager
     async def serve(pool: TaskPool) -> AsyncIterator[Any]:
-        started = worker_runtime(settings, endpoints, model, start_engine=start_engine)
-        async with started as pipeline:
+        async with AsyncExitStack() as stack:
+            try:
+                pipeline = await stack.enter_async_context(
+                    worker_runtime(settings, endpoints, model, start_engine=start_engine)
+                )
+            except PromptmillError as exc:
+                refused.append(exc)
+                raise SystemExit(1) from exc  # Celery tells any other at length
             current.append(pipeline)
             pipeline.on_hungry = pool.wake
             limit_intake(lambda: pipeline.hungry)
@@ -122,7 +137,10 @@ def run_worker(
         app.worker_main(["--quiet", *words])
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else 1
-    return 0
+    if refused:
+        raise refused[0]
+    # `worker_main` does not return it.
+    return int(made[0].exitcode or 0) if made else 1
 
 
 def _hostname(model: str) -> str:

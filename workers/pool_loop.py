@@ -144,10 +144,10 @@ class TaskLoop:
             with asyncio.Runner(loop_factory=_new_loop) as runner:
                 runner.run(self._live())
         except BaseException as exc:
-            logger.exception("the asyncio pool's loop has ended")
             if not self.started.done():
-                self.started.set_exception(exc)
+                self.started.set_exception(exc)  # whoever waits for the start tells it
                 return
+            logger.exception("the asyncio pool's loop has ended")
         if not self._leave.is_set():
             self._died()
 
