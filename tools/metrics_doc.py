@@ -65,8 +65,9 @@ other jobs, and last as long as theirs. No span holds a prompt, an answer or the
 
 ## Logs
 
-`PROMPTMILL_LOG_FORMAT=json` writes an object of JSON a line to standard error, Celery's and vLLM's
-lines too. A line that belongs to a job bears `job_id`, and `trace_id` where the submission was
+`PROMPTMILL_LOG_FORMAT=json` writes an object of JSON a line to standard error, Celery's lines and
+those of vLLM's processes too (`VLLM_LOGGING_LEVEL` says which; a `VLLM_LOGGING_CONFIG_PATH` of your
+own holds); what a library prints past all logging, such as a progress bar, stays as it is. A line that belongs to a job bears `job_id`, and `trace_id` where the submission was
 traced; unless `PROMPTMILL_SHOW_PROMPTS` is set, it holds no prompt, no answer and no text of an
 error, which may quote them. At the level INFO, the default, jobs that failed or expired have a line
 each, and so have attempts that are made again; at DEBUG every job has one, with its state, provenance

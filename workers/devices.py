@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from schema.errors import EngineGoneError
+from schema.errors import ConfigurationError, EngineGoneError
 from workers.fleet_plan import Post, cards_here, on_this_machine, plan
 from workers.pinning import Device
 from workers.worker_process import STOP_GRACE_S, SUPERVISED, WorkerProcess
@@ -61,6 +62,7 @@ class Fleet:
         posts: One worker each; a device alone is one with the settings' model.
         engine_args: Further arguments of vLLM's command line, for all.
         on_event: Told what happens, in words.
+        on_line: Given the lines of workers' logs.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Fleet:
         *,
         engine_args: Sequence[str] = (),
         on_event: Callable[[str], None] = lambda _text: None,
+        on_line: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self.settings = settings
         self._stop_by = float("inf")  # by the clock of `time.monotonic`
@@ -88,6 +91,9 @@ class Fleet:
                         **_settings_environment(post.settings(settings)),
                     },
                     on_event=on_event,
+                    on_line=on_line,
+                    # Whoever asks for JSON collects lines, and does not read along.
+                    from_start=settings.log_format == "json",
                 )
             )
 
@@ -164,6 +170,7 @@ def up(
     engine_args: Sequence[str] = (),
     file: FleetFile | None = None,
     on_event: Callable[[str], None] = print,
+    on_line: Callable[[str], None] = lambda _line: None,
 ) -> int:
     """Run the stack and workers until this process is told to stop; say when jobs are taken.
 
@@ -174,6 +181,7 @@ def up(
         engine_args: Further arguments of vLLM's command line.
         file: Which workers run, and with which arguments; in place of `gpus` and `workers`.
         on_event: Told what happens, in words; ``ready`` once every worker takes jobs.
+        on_line: Given the lines of workers' logs.
 
     Returns:
         An exit code: 0 after it was told to stop, 3 when no worker is left.
@@ -190,7 +198,11 @@ def up(
     posts = on_this_machine(planned, cards_here(planned))
     fetch_models(settings, posts, on_event=on_event)
     found = endpoints.find(settings)
-    fleet = Fleet(settings, posts, on_event=on_event)
+    if found.embedded:
+        on_event(f"Postgres and Valkey run, with their data in {settings.data_dir}")
+    for post in posts:
+        on_event(f"starting a worker on {post.name}; its model takes a while to load")
+    fleet = Fleet(settings, posts, on_event=on_event, on_line=on_line)
     stop = threading.Event()
 
     def told_to_stop(number: int, _frame: object) -> None:
@@ -233,11 +245,14 @@ def fetch_models(
     wanted = {
         (model, hub.revision_of(post.engine_args)): None
         for post in posts
-        if (model := post.settings(settings).model) is not None and not hub.is_folder(model)
+        if (model := post.settings(settings).model) is not None
     }
     for model, revision in wanted:
-        on_event(f"looking for {model}")
-        hub.fetch(model, revision=revision)
+        if not hub.is_folder(model):
+            on_event(f"looking for {model}")
+            hub.fetch(model, revision=revision)
+        elif not Path(model).expanduser().exists():
+            raise ConfigurationError(f"there is no model at {model}")
 
 
 def _wait_ready_or(stop: threading.Event, fleet: Fleet) -> None:

@@ -29,6 +29,9 @@ _IN_QUERY = re.compile(r"([?&](?:ssl_?)?password=)[^&\s]*")
 #: Loggers that bring handlers of their own, which would write a second form.
 _OWN_HANDLERS = ("vllm", "celery", "py.warnings")
 
+#: Celery's two lines a message, which say less than what is said of jobs.
+_CHATTY = ("celery.worker.strategy", "celery.app.trace")
+
 _Event = MutableMapping[str, Any]
 
 #: Seconds between two equal warnings.
@@ -44,14 +47,7 @@ def configure(*, level: str, form: Literal["console", "json"]) -> None:
         level: Least severe line: DEBUG, INFO, WARNING or ERROR.
         form: ``json`` is an object a line, for machines; ``console`` is for people.
     """
-    chain: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _exception,
-        _mask,
-    ]
+    chain = _chain()
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -65,18 +61,20 @@ def configure(*, level: str, form: Literal["console", "json"]) -> None:
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=chain,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                _renderer(form),
-            ],
-        )
-    )
+    handler.setFormatter(_formatter(form))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel("WARNING" if level == "INFO" else level)
+
+
+def json_formatter() -> logging.Formatter:
+    """Return what makes JSON of lines of vLLM's processes, as `workers/vllm_logging.json` asks.
+
+    Those processes are vLLM's own, and know nothing of `configure`.
+    """
+    return _formatter("json")
 
 
 class OnceAMinute:
@@ -130,6 +128,36 @@ def bind_job(job_id: UUID, trace_id: str | None) -> None:
         structlog.contextvars.bind_contextvars(job_id=str(job_id))
     else:
         structlog.contextvars.bind_contextvars(job_id=str(job_id), trace_id=trace_id)
+
+
+def _chain() -> list[Processor]:
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _process,
+        _exception,
+        _mask,
+    ]
+
+
+def _formatter(form: str) -> structlog.stdlib.ProcessorFormatter:
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=_chain(),
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            _renderer(form),
+        ],
+    )
+
+
+def _process(_logger: Any, _method: str, event: _Event) -> _Event:
+    """Name the process of vLLM's that a line is from, such as EngineCore."""
+    name = getattr(event.get("_record"), "vllm_process_name", "MainProcess")
+    if name != "MainProcess":
+        event["process"] = name
+    return event
 
 
 def _renderer(form: str) -> Processor:

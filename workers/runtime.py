@@ -204,6 +204,7 @@ async def _engine(
     if isinstance(made, BaseException):
         raise made
     llm = cast("EnhancedAsyncLLM", made)
+    logs.adopt_libraries()  # vLLM decides anew how its lines look when an engine is made
     stack.push_async_callback(llm.aclose)
     cores = spare_cores()
     for part in helpers:

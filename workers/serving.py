@@ -8,6 +8,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from schema.errors import ConfigurationError, InvalidRequestError
@@ -64,7 +65,7 @@ def served_model(settings: Settings, *, engine_args: Sequence[str] = ()) -> Serv
     name = served_name(settings)
     aliases, given = _parted(engine_args, "--served-model-name")
     if settings.model is not None and name is not None:
-        path, own = settings.model, _cpu_arguments(given)
+        path, own = _expanded(settings.model), _cpu_arguments(given)
     else:
         from workers.bundled import bundled_model
 
@@ -83,6 +84,11 @@ def served_model(settings: Settings, *, engine_args: Sequence[str] = ()) -> Serv
             msg = f"{other!r} cannot name an adapter or a model; give a short name of its own"
             raise ConfigurationError(msg)
     return served
+
+
+def _expanded(model: str) -> str:
+    """Return a folder as vLLM finds it, which knows no ``~``; a name of the hub as it is."""
+    return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
 def refuse_model(engine_args: Sequence[str]) -> None:
@@ -259,11 +265,17 @@ def _option_names(parser: ArgumentParser, kind: str = "") -> list[str]:
     ]
 
 
-def prepare_environment() -> None:
+def prepare_environment(*, log_format: str = "console") -> None:
     """Set what vLLM reads from the environment, unless the user has set it.
 
     To be called before vLLM is imported.
+
+    Args:
+        log_format: As in the settings; ``json`` is for the lines of vLLM's processes too.
     """
+    if log_format == "json":
+        path = Path(__file__).with_name("vllm_logging.json")
+        os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(path))
     # No reports to others, and on a CPU a key-value cache that leaves room for everything else.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -160,6 +160,9 @@ def test_a_setting_that_is_wrong_is_named(
 def test_masking():
     assert _masked(3) == 3
     assert _masked(None) is None
+    assert _masked("org/model") == "org/model"
+    assert _masked("http://collector:4318") == "http://collector:4318"
+    assert _masked("https://me:hidden@collector:4318/v1") == "https://***@collector:4318/v1"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from schema.errors import (
     InvalidRequestError,
 )
 from workers import fleet_plan, pinning, serving
-from workers.devices import Fleet
+from workers.devices import Fleet, fetch_models
 from workers.fleet_file import FleetFile, read
 from workers.fleet_plan import Post, on_this_machine, plan
 from workers.hardware import Gpu, gpus
@@ -434,6 +434,12 @@ def test_one_that_dies_again_and_again_later_is_given_up_with_its_last_words(
     fleet.stop()
     assert fleet.given_up
     assert events[-1].endswith("its last words:\nout of memory")
+
+
+def test_a_folder_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path):
+    settings = load_settings(model=str(tmp_path / "none"))
+    with pytest.raises(ConfigurationError, match=r"there is no model at .*none"):
+        fetch_models(settings, [Post(device=Device())], on_event=print)
 
 
 def test_a_post_without_a_model_has_the_settings():

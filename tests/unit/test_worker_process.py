@@ -52,6 +52,12 @@ def events() -> list[str]:
 
 
 @pytest.fixture
+def lines() -> list[str]:
+    """What workers wrote."""
+    return []
+
+
+@pytest.fixture
 def make(events: list[str]) -> Iterator[Callable[[str], WorkerProcess]]:
     """Makes workers of a script; they are ended afterwards."""
     made: list[WorkerProcess] = []
@@ -109,6 +115,25 @@ def test_a_worker_that_does_not_end_is_killed(make: Callable[[str], WorkerProces
     worker.join(0.1)
     assert not worker.alive
     assert not worker.given_up.is_set()
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+def test_what_a_worker_writes_is_handed_on(lines: list[str], from_start: bool) -> None:
+    """Its log would be seen by nobody otherwise; what a model's start has to say is long."""
+    script = f"import sys; print('one'); print({READY!r}, flush=True); sys.stderr.write('two\\n')"
+    worker = WorkerProcess(
+        name="test",
+        command=[sys.executable, "-c", script],
+        environment=os.environ,
+        on_event=lambda _text: None,
+        on_line=lines.append,
+        from_start=from_start,
+    )
+    worker.start()
+    until(lambda: "two" in lines)
+    worker.stop(signal.SIGKILL)
+    worker.join(DEADLINE_S)
+    assert lines[:2] == (["one", "two"] if from_start else ["two", *lines[1:2]])
 
 
 def test_it_is_told_once_what_a_worker_waits_for(

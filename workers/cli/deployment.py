@@ -102,6 +102,7 @@ def up(
         engine_args=_engine_args(engine_arg, vllm_arg),
         file=fleet_file.read(config_file) if config_file else None,
         on_event=lambda text: print(text, flush=True),
+        on_line=say,
     )
     raise typer.Exit(code)
 
@@ -127,7 +128,7 @@ def worker(
 
     supervised = end_with_starter(drain_s=settings.drain_s)
     # Before vLLM is imported, which reads the environment as it is then.
-    serving.prepare_environment()
+    serving.prepare_environment(log_format=settings.log_format)
     words = (*_file_words(config_file), *_engine_args(engine_arg, vllm_arg))
     if not supervised:
         fetch_models(settings, [Post(device=Device(), engine_args=words)], on_event=say)
@@ -221,13 +222,19 @@ def show(as_json: Json = False) -> None:
 
 
 def _masked(value: Any) -> Any:
-    secret = getattr(value, "get_secret_value", None)
-    if secret is None:
-        return value if isinstance(value, (int, float, str, type(None))) else str(value)
+    reveal = getattr(value, "get_secret_value", None)
+    if reveal is not None:
+        return _without_credentials(reveal())
+    if isinstance(value, str) and "://" in value and "@" in value:
+        return _without_credentials(value)  # any address may hold a password
+    return value if isinstance(value, (int, float, str, type(None))) else str(value)
+
+
+def _without_credentials(address: str) -> str:
     # The place helps to find a mistake; user and password do not belong on a screen. Of an address
     # that is not well formed nobody can tell which part is the password.
-    found = _ADDRESS.fullmatch(secret())
+    found = _ADDRESS.fullmatch(address)
     if found is None:
-        return f"{secret().partition(':')[0]}://(cannot be read: percent-encode user and password)"
+        return f"{address.partition(':')[0]}://(cannot be read: percent-encode user and password)"
     scheme, who, place = found.groups()
     return f"{scheme}{'***@' if who else ''}{place}"
