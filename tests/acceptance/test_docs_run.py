@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+import psycopg
 import pytest
 import yaml
+from sqlalchemy.engine import make_url
 
 from tests.acceptance.conftest import Deployment
 from workers import fleet_file
+from workers.local import LocalStack
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,7 +52,7 @@ NOT_RUN = {
 }
 #: What a program holds that is not run, and why.
 NOT_RUN_PROGRAMS = {
-    "EnhancedAsyncLLM(": "starts an engine of its own; tests/engine/test_llm_example.py runs it",
+    "EnhancedAsyncLLM(": "makes an engine of its own; tests/engine/test_llm_example.py runs it",
 }
 #: An id that pages show stands for that of a job there is.
 _SHOWN_ID = "6f9619ff-8b86-4d01-b42d-00cf4fc964ff"
@@ -91,6 +94,7 @@ class Reader:
 
     folder: Path
     environment: dict[str, str]
+    database_url: str
 
     def run(self, command: list[str]) -> str:
         done = subprocess.run(
@@ -120,9 +124,11 @@ class Reader:
             yaml.safe_load(block.text)
         elif block.language == "toml":
             tomllib.loads(block.text)
+        elif block.language == "sql":
+            self.ask(block.text)
         else:
             # Output, and formats that tests/unit/test_docs.py reads.
-            assert block.language in {"text", "json", "sql"}, block.language
+            assert block.language in {"text", "json"}, block.language
 
     def type(self, line: str) -> None:
         words = shlex.split(line, comments=True)
@@ -132,6 +138,12 @@ class Reader:
         of = self.batch if words[1] == "batch" else self.job
         words = [of() if word == _SHOWN_ID else word for word in words]
         self.run([sys.executable, "-m", "workers.cli", *words[1:]])
+
+    def ask(self, query: str) -> None:
+        url = make_url(self.database_url).set(drivername="postgresql")
+        query = query.replace(_SHOWN_ID, self.batch())
+        with psycopg.connect(url.render_as_string(hide_password=False)) as connection:
+            connection.execute(query.encode())
 
     def batch(self) -> str:
         words = [sys.executable, "-m", "workers.cli", "batch", "list", "--json"]
@@ -144,7 +156,9 @@ class Reader:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_page_does_what_it_says(page: Path, deployment: Deployment, tmp_path: Path):
+def test_a_page_does_what_it_says(
+    page: Path, deployment: Deployment, stack: LocalStack, tmp_path: Path
+):
     environment = deployment.environment() | {
         # A channel, a cache and keys of this page's own.
         "PROMPTMILL_NAMESPACE": f"docs-{uuid4().hex[:12]}",
@@ -153,6 +167,6 @@ def test_a_page_does_what_it_says(page: Path, deployment: Deployment, tmp_path: 
     for name in ("requests.jsonl", "questions.jsonl", "in.jsonl"):
         (tmp_path / name).write_text(_ROW + "\n")
     (tmp_path / "answer.json").write_text('{"enum": ["yes", "no"]}')
-    reader = Reader(tmp_path, environment)
+    reader = Reader(tmp_path, environment, stack.database_url)
     for block in blocks(page):
         reader.follow(block)

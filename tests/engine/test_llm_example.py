@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.core_client import EngineCoreClient
 
+import workers.engine
 from tests.engine.conftest import PLAIN, Equip, until
 from workers.bundled import bundled_model
 from workers.engine import EnhancedAsyncLLM, HandlerConfig, Parts
@@ -18,6 +21,8 @@ from workers.engine.identity import engine_digest
 from workers.enrich.nlp import SpacyAnalyser
 
 pytestmark = pytest.mark.engine
+ROOT = Path(__file__).parents[2]
+PROGRAM = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 async def test_the_example_as_written(equip: Equip, analyser: SpacyAnalyser) -> None:
@@ -46,6 +51,41 @@ async def test_the_example_as_written(equip: Equip, analyser: SpacyAnalyser) -> 
     assert output.metadata["tier"] == "memory"
     assert output.metadata["processing_time"]["total"] > 0
     assert took[1] < took[0]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
+async def test_programs_of_the_pages(
+    page: str,
+    equip: Equip,
+    analyser: SpacyAnalyser,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As they are printed; the engine that they make is the one that runs already."""
+    (program,) = [
+        text
+        for text in re.findall(
+            r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
+        )
+        if "EnhancedAsyncLLM(" in text
+    ]
+    made = []
+
+    def make(*, model: str, handler_config: HandlerConfig) -> EnhancedAsyncLLM:
+        made.append(model)
+        return equip(handler_config, analyser=analyser)
+
+    monkeypatch.setattr(workers.engine, "EnhancedAsyncLLM", make)
+    names: dict[str, Any] = {"__name__": "a page"}
+    exec(compile(program, page, "exec"), names)  # noqa: S102  what the page says
+    await names["main"]()
+    said = capsys.readouterr().out
+    assert len(made) == 1
+    if page == "README.md":
+        first, again = re.findall(r" (True|False)$", said, re.MULTILINE)
+        assert (first, again) == ("False", "True")
+    else:
+        assert said.strip().endswith("generated") or said.strip().endswith("exact")
 
 
 async def test_generate_enhanced_still_works(plain: EnhancedAsyncLLM) -> None:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 from xml.etree import ElementTree as ET
 
 import orjson
 import pytest
 
-from schema import names, wire
-from schema.jobs import JobOptions, JobResult, JobSpec, OpenAIRequest, PromptRequest
+from schema import names, openai_batch, wire
+from schema.jobs import JobOptions, JobResult, JobSpec, JobState, OpenAIRequest, PromptRequest
 from tests.unit.command_lines import check_command
 from workers.envelope import DEFAULT_MAX_BYTES, check_item
 from workers.settings import ENV_PREFIX, Settings
@@ -152,6 +153,38 @@ def test_the_example_is_short_and_shows_its_output():
     assert output is not None
     assert "generated" in output[1]
     assert "exact" in output[1]
+
+
+def test_the_first_screen_shows_the_thing_running():
+    before = (ROOT / "README.md").read_text().partition("\n## ")[0]
+    assert "](docs/img/top.svg)" in before
+    assert len(before.splitlines()) <= 15
+
+
+@pages
+def test_json_examples_are_json(page: Path):
+    for block in blocks(page, "json"):
+        whole = block.text if block.text.startswith("{\n") else None
+        for text in [whole] if whole else block.text.splitlines():
+            json.loads(text)
+
+
+def test_the_line_of_a_batch_is_told_of_field_by_field():
+    page = ROOT / "docs/batches.md"
+    (shown,) = [json.loads(b.text) for b in blocks(page, "json") if '"promptmill"' in b.text]
+    result = JobResult(job_id=uuid4(), namespace="n", status=JobState.DONE, token=1, body={})
+    line = json.loads(openai_batch.output_line(result, custom_id="q-1"))
+    assert shown.keys() == line.keys()
+    assert shown["response"].keys() == line["response"].keys()
+    told = {*openai_batch._TOLD, "job_id"}
+    assert shown["promptmill"].keys() <= told
+    table = page.read_text().partition("## Interrupted")[0]
+    named = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        for name in row.split(", ")
+    }
+    assert {f"`{name}`" for name in told} <= named
 
 
 @pytest.mark.parametrize("page", ["settings", "metrics"])
