@@ -153,9 +153,13 @@ async def test_a_plug_in_that_hangs_is_cut_and_the_others_work(equip: Equip) -> 
     output = await final_of(llm, "Three words here", greedy(3))
     assert output.metadata["enrichments"] == {"counting": {"words": 3, "namespace": "default"}}
     assert "longer than 0.2 s" in output.metadata["errors"]["plugin:hanging"]
-    again = await final_of(llm, "Three words here", greedy(3))
-    assert again.metadata["cached"]
-    assert again.metadata["enrichments"] == output.metadata["enrichments"]
+    assert llm.stats()["failures"]["plugin:hanging"] == 1
+    output.metadata["enrichments"]["counting"]["words"] = 99  # whoever has it may do so
+    for _ in range(2):
+        again = await final_of(llm, "Three words here", greedy(3))
+        assert again.metadata["cached"]
+        assert again.metadata["enrichments"]["counting"]["words"] == 3
+        again.metadata["enrichments"]["counting"]["words"] = 99
 
 
 async def test_postgres_goes_and_comes_back(equip: Equip, tmp_path: Path) -> None:

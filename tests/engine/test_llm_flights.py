@@ -116,13 +116,21 @@ async def test_nobody_sees_what_anothers_reading_changes(plain: Equipped) -> Non
         for piece in output.outputs:
             piece.text = "spoilt"
             piece.token_ids.clear()
+            for candidates in piece.logprobs:
+                for candidate in candidates.values():
+                    candidate.logprob = 99.0  # as vLLM's handlers cut off minus infinity
+                candidates.clear()
             piece.logprobs.clear()
         output.prompt_token_ids.clear()
     outputs = [output async for output in other.aiter()]
     whole = joined(outputs, DELTA)
     assert "spoilt" not in whole[0][0]
     assert len(whole[0][1]) == 12
+    told = [position for output in outputs for position in output.outputs[0].logprobs]
+    assert len(told) == 12
+    assert all(one.logprob <= 0 for position in told for one in position.values())
     again = await final_of(plain, "Spoil nothing", greedy(12, logprobs=1))
+    assert again.outputs[0].logprobs == told
     assert (again.text, again.outputs[0].token_ids) == whole[0]
     again.outputs[0].token_ids.clear()
     again.prompt_token_ids.clear()

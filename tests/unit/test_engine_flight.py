@@ -129,6 +129,7 @@ async def test_a_pooled_output_is_each_readers_own_and_stored_whole() -> None:
             await reader.wait()
         assert (one.request_id, one.outputs) == (reader.request_id, pooled().outputs)
         one.prompt_token_ids.clear()
+        one.outputs.data.zero_()
         assert reader.get_nowait() is None
     stored = with_outputs(answer(), flight.stream)
     assert stored.kind == "pooling"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.entrypoints.generate.base.serving import clamp_prompt_logprobs
+from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
@@ -70,10 +72,15 @@ def test_whenever_it_is_read_the_whole_is_the_same(
 
 def test_what_a_reader_does_to_its_output_stays_there() -> None:
     transcript = Transcript()
-    transcript.add(output(piece("one", [1], logprobs=True)))
+    first = output(piece("one", [1], logprobs=True))
+    first.prompt_logprobs = [None, {2: Logprob(float("-inf"), 1, "p")}]
+    transcript.add(first)
     mine = transcript.read(Cursor(CUMULATIVE), "mine")
     assert mine is not None
+    clamp_prompt_logprobs(mine.prompt_logprobs)  # vLLM's handlers do so, in place
+    mine.prompt_logprobs.pop(0)
     mine.outputs[0].text = "spoilt"
+    mine.outputs[0].logprobs[0][1].logprob = 9.0
     mine.outputs[0].token_ids.append(9)
     mine.outputs[0].logprobs.clear()
     mine.prompt_token_ids.clear()
@@ -83,7 +90,11 @@ def test_what_a_reader_does_to_its_output_stays_there() -> None:
     assert theirs is not None
     assert theirs.outputs[0].text == "one two"
     assert theirs.outputs[0].token_ids == [1, 2]
-    assert len(theirs.outputs[0].logprobs) == 2
+    assert [position[at].logprob for at, position in enumerate(theirs.outputs[0].logprobs, 1)] == [
+        -1.0,
+        -1.0,
+    ]
+    assert theirs.prompt_logprobs == [None, {2: Logprob(float("-inf"), 1, "p")}]
     assert theirs.prompt_token_ids == [1, 2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -172,9 +173,9 @@ class RequestDelivery:
         reused, answer, findings = self.source_of_reuse, self.answer, self._findings()
         own = self.enrichment.findings if self.enrichment is not None else findings
         analysis, similar = findings.analysis, findings.similar
-        enrichments = dict(findings.enrichments)
+        enrichments = findings.enrichments
         spoken = own.answer_analysis.public() if own.answer_analysis is not None else None
-        of_answer = dict(own.answer_enrichments)
+        of_answer = own.answer_enrichments
         if reused is not None:
             enrichments = {**reused.answer.enrichments, **enrichments}
             stored = enrichments.pop(ANSWER_NLP, None)
@@ -195,10 +196,11 @@ class RequestDelivery:
             "answer_id": given_id,
             "tier": reused.tier if reused is not None else None,
             "nlp_result": analysis.public() if analysis is not None else None,
-            "answer_nlp_result": spoken,
+            # Copies: the answer may be given to others, and to do as they like with.
+            "answer_nlp_result": copy.deepcopy(spoken),
             "similar": [near.public() for near in similar or ()],
-            "enrichments": enrichments,
-            "answer_enrichments": of_answer,
+            "enrichments": copy.deepcopy(dict(enrichments)),
+            "answer_enrichments": copy.deepcopy(dict(of_answer)),
             "processing_time": {stage: round(value, 6) for stage, value in seconds.items()},
             "errors": errors,
             "disabled": dict(self.disabled),

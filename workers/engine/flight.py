@@ -181,6 +181,7 @@ class Reader:
         own = copy.copy(output)
         own.request_id = self.request_id
         own.prompt_token_ids = list(output.prompt_token_ids)
+        own.outputs = copy.deepcopy(output.outputs)
         return own
 
     def _abort_output(self) -> RequestOutput:

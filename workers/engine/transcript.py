@@ -136,7 +136,7 @@ class Transcript:
         output.outputs = outputs
         output.finished = self.finished
         first = not cursor.started
-        output.prompt_logprobs = self.prompt_logprobs if first or not delta else None
+        output.prompt_logprobs = _own(self.prompt_logprobs) if first or not delta else None
         output.prompt_token_id_logprobs = (
             self.prompt_token_id_logprobs if first or not delta else None
         )
@@ -153,8 +153,18 @@ def _piece(choice: _Choice, seen: _Read) -> CompletionOutput:
     piece.text = "".join(choice.text[seen.pieces :])
     piece.token_ids = choice.token_ids[seen.tokens :]
     if choice.logprobs is not None:
-        piece.logprobs = choice.logprobs[seen.tokens :]
+        piece.logprobs = _own(choice.logprobs[seen.tokens :])
     if choice.sampling_mask is not None:
         piece.sampling_mask = copy.copy(choice.sampling_mask)
         piece.sampling_mask.token_ids = choice.sampling_mask.token_ids[seen.tokens :]
     return piece
+
+
+def _own(logprobs: Any) -> Any:
+    """Copy log probabilities, since readers change them: vLLM's handlers cut off minus infinity."""
+    if not isinstance(logprobs, list):
+        return copy.copy(logprobs)
+    return [
+        position and {token: copy.copy(one) for token, one in position.items()}
+        for position in logprobs
+    ]
