@@ -15,11 +15,13 @@ from vllm import PoolingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import PoolingRequestOutput
 
-from schema.jobs import JobState
+from schema.jobs import JobState, Reuse
 from tests.engine.conftest import PLAIN, Equipped, until
 from tests.engine.test_llm_answering import claimed
+from tests.unit.engine_parts import LengthEmbedder, MemoryStore, WordAnalyser
 from workers.answering import Answerer
-from workers.engine import EnhancedAsyncLLM, Parts
+from workers.engine import EnhancedAsyncLLM, HandlerConfig, Parts, RequestScope
+from workers.engine.config import CacheConfig
 from workers.handlers import OpenAIHandlers
 from workers.schema_checker import SchemaChecker
 from workers.serving import ServedModel, vllm_arguments
@@ -89,6 +91,30 @@ async def test_what_the_model_cannot_do_is_refused_per_row(embedding_answerer: A
         assert outcome.result.error.status_code in {400, 404}
         assert outcome.result.error.body is not None
         assert outcome.result.error.body["error"]["message"]
+
+
+async def test_no_text_is_given_anothers_vector(embedding_answerer: Answerer) -> None:
+    """Not where a namespace reuses by meaning either: a vector is of its very words."""
+    llm = Equipped.__new__(Equipped)
+    llm.__dict__.update(vars(embedding_answerer._llm))
+
+    class Eager:
+        async def find_reusable(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError
+
+    parts = Parts(
+        analyser=WordAnalyser(), embedder=LengthEmbedder(), store=MemoryStore(), reuser=Eager()
+    )
+    meant = CacheConfig(reuse=Reuse.SEMANTIC)
+    llm._equip(HandlerConfig(cache=meant), parts)
+    try:
+        scope = RequestScope()
+        with scope.active():
+            assert [output async for output in llm.encode("A field", PoolingParams(), "e")]
+        assert "very words" in scope.report.metadata["disabled"]["semantic"]
+        assert scope.report.metadata["errors"] == {}
+    finally:
+        await llm.aclose()
 
 
 async def test_vectors_are_shared_stored_and_given_again(

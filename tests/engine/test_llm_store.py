@@ -331,6 +331,24 @@ async def test_other_parameters_are_another_scope(everything: Equipped) -> None:
     assert scope.report.decisions == []
 
 
+async def test_what_hangs_on_the_very_words_is_not_served_by_meaning(everything: Equipped) -> None:
+    """Log probabilities of a prompt are another prompt's; a cut prompt is another question."""
+    params = greedy(24, ignore_eos=True, prompt_logprobs=1)
+    await final_of(everything, ASKED, params)
+    await final_of(everything, ASKED, full(24), tokenization_kwargs={"truncate_prompt_tokens": 3})
+    await settled(everything)
+    scope = RequestScope(reuse=SEMANTIC)
+    with scope.active():
+        of_words = await final_of(everything, MEANT, params)
+        whole = await final_of(everything, MEANT, full(24))
+    await settled(everything)
+    assert len(of_words.prompt_logprobs) == len(of_words.prompt_token_ids)
+    assert of_words.metadata["provenance"] == whole.metadata["provenance"] == "generated"
+    assert "very words" in of_words.metadata["disabled"]["semantic"]
+    assert "semantic" not in whole.metadata["disabled"]
+    assert scope.report.decisions == []
+
+
 async def test_who_leaves_by_meaning_hurts_nobody_on_the_flight(everything: Equipped) -> None:
     await final_of(everything, ASKED, full(48))
     await settled(everything)
@@ -345,6 +363,20 @@ async def test_who_leaves_by_meaning_hurts_nobody_on_the_flight(everything: Equi
     assert served.metadata["provenance"] == "semantic"
     assert generated.metadata["provenance"] == "generated"
     assert len(generated.outputs[0].token_ids) == 48
+
+
+async def test_each_is_compared_by_its_own_text(everything: Equipped) -> None:
+    """Two of a flight may have been asked different things, in the end by the same tokens."""
+    await final_of(everything, ASKED, full(48))
+    await settled(everything)
+    with RequestScope(text="Who wrote Middlemarch?").active():
+        first = await everything.add_request("first", "Some tokens.", full(48))
+    scope = RequestScope(reuse=SEMANTIC, text=MEANT)
+    with scope.active():
+        second = await everything.add_request("second", "Some tokens.", full(48))
+    outputs = [[out async for out in one.aiter()][-1] for one in (second, first)]
+    assert everything.stats()["coalesced"] == 1
+    assert [out.metadata["provenance"] for out in outputs] == ["semantic", "generated"]
 
 
 class LateReuser:

@@ -211,9 +211,17 @@ def test_a_scope_of_meaning_holds_engine_context_parameters_and_adapter() -> Non
     base: dict[str, Any] = {"engine": b"e", "context": b"c", "params": b"p", "lora": None}
     digests = {scope_digest(**base)} | {
         scope_digest(**{**base, name: value})
-        for name, value in (("engine", b"x"), ("context", b"x"), ("params", b"x"), ("lora", "x"))
+        for name, value in (
+            ("engine", b"x"),
+            ("context", b"x"),
+            ("params", b"x"),
+            ("lora", "x"),
+            ("besides", {"media": {"image": ["a"]}}),
+            ("besides", {"media": {"image": ["b"]}}),
+        )
     }
-    assert len(digests) == 5
+    assert len(digests) == 7
+    assert scope_digest(**base, besides={}) == scope_digest(**base)
 
 
 async def test_a_scope_holds_inside_its_block_and_in_tasks_started_there() -> None:

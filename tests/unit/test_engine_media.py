@@ -72,6 +72,14 @@ async def test_a_picture_is_known_by_its_content() -> None:
     assert len({first.key, *(other.key for other in others)}) == 4
 
 
+async def test_what_is_seen_besides_the_text_parts_neighbours() -> None:
+    """The same question about another picture is another question, however near the words are."""
+    of = planner()
+    red = (await planned(of, "red")).scope_digest
+    assert (await planned(of, "red", "And what is it?")).scope_digest == red
+    assert (await planned(of, "blue")).scope_digest != red
+
+
 @pytest.mark.parametrize(
     ("caches", "hashed"),
     [

@@ -262,8 +262,8 @@ class EnrichmentRun:
         self, enrichers: Enrichers, text: str | None, *, namespace: str, tasks: SideTasks
     ) -> None:
         self.findings = Findings()
+        self.text = text or ""
         self._enrichers = enrichers
-        self._text = text or ""
         self._namespace = namespace
         self._side_tasks = tasks
         self._left = False
@@ -350,7 +350,7 @@ class EnrichmentRun:
 
     async def _analyse(self) -> None:
         try:
-            self.findings.analysis = await self._enrichers.analyse(self._text)
+            self.findings.analysis = await self._enrichers.analyse(self.text)
         finally:
             _resolve(self._analysed, self.findings.analysis)
 
@@ -359,7 +359,7 @@ class EnrichmentRun:
 
     async def _look_around(self) -> None:
         try:
-            (whole,) = await self._enrichers.embed([self._text])
+            (whole,) = await self._enrichers.embed([self.text])
             self.findings.vectors = (whole,)
             _resolve(self._embedded, whole)
         finally:
@@ -391,7 +391,7 @@ class EnrichmentRun:
         return list(itertools.chain(*found))
 
     async def _plug_in(self, plugin: Enricher) -> None:
-        found = await self._enrichers.plug_in(plugin, self._text, namespace=self._namespace)
+        found = await self._enrichers.plug_in(plugin, self.text, namespace=self._namespace)
         self.findings.enrichments[plugin.name] = dict(found)
 
     async def _plug_in_answer(self, plugin: Enricher, text: str) -> None:

@@ -141,7 +141,14 @@ def fingerprint(
     return hashlib.sha256(_encoder.encode(canonical)).digest()
 
 
-def scope_digest(*, engine: bytes, context: bytes, params: bytes, lora: str | None) -> bytes:
+def scope_digest(
+    *,
+    engine: bytes,
+    context: bytes,
+    params: bytes,
+    lora: str | None,
+    besides: Mapping[str, Any] | None = None,
+) -> bytes:
     """Return what must be equal, beside the namespace, for an answer to be reused by meaning.
 
     Args:
@@ -149,8 +156,12 @@ def scope_digest(*, engine: bytes, context: bytes, params: bytes, lora: str | No
         context: Digest of what surrounds the compared text: system prompt, earlier turns, tools.
         params: From `params_digest`.
         lora: Digest of the adapter's content.
+        besides: What the model sees besides the text, or how it sees it: media, a cache salt,
+            arguments of the tokenizer and of a reasoning parser.
     """
     canonical = [engine.hex(), context.hex(), params.hex(), lora]
+    if besides:
+        canonical.append(_plain(besides))
     return hashlib.sha256(_encoder.encode(canonical)).digest()
 
 

@@ -355,7 +355,10 @@ class EnhancedAsyncLLM(AsyncLLM):
                 source.close()
                 raise
             if delivery.scope.reuse == Reuse.SEMANTIC and self._races is not None:
-                self._races.start(planned, delivery, flight)
+                if (why := planned.not_comparable) is not None:
+                    delivery.disabled = {**delivery.disabled, "semantic": why}
+                else:
+                    self._races.start(planned, delivery, flight)
         return self._collector(planned, source, delivery)
 
     def _collector(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -54,6 +54,7 @@ class RequestPlan:
     context: bytes = b""
     params_digest: bytes = b""
     lora: str | None = None
+    besides: Mapping[str, Any] = field(default_factory=dict)  # what counts besides the text
 
     @property
     def params(self) -> Params:
@@ -70,8 +71,21 @@ class RequestPlan:
     def scope_digest(self) -> bytes:
         """What must be equal, beside the namespace, for reuse by meaning."""
         return scope_digest(
-            engine=self.engine, context=self.context, params=self.params_digest, lora=self.lora
+            engine=self.engine,
+            context=self.context,
+            params=self.params_digest,
+            lora=self.lora,
+            besides=self.besides,
         )
+
+    @property
+    def not_comparable(self) -> str | None:
+        """Why the answer to a prompt of the same meaning would not do, or None when it would."""
+        if isinstance(self.params, PoolingParams):
+            return "what is computed of a text is of its very words"
+        if self.params.prompt_logprobs is not None:
+            return "log probabilities of a prompt are of its very words"
+        return None
 
 
 def why_not_reusable(params: Params, scope: RequestScope, features: Features) -> str | None:
@@ -153,6 +167,7 @@ class Planner:
             )
             return RequestPlan(call=call, not_reusable=f"{kind} is passed through")
         parts: Mapping[str, Any] | None
+        tokenization: Mapping[str, Any] | None = None
         if isinstance(prompt, dict) and "type" in prompt:
             rendered: Mapping[str, Any] = prompt
             ids = tuple(rendered.get("prompt_token_ids") or ())
@@ -161,7 +176,7 @@ class Planner:
             rendered, ids, parts = await self._render(prompt, call.get("tokenization_kwargs"))
             call = {**call, "prompt": rendered}
             # Tokenized already: vLLM would warn of arguments it cannot use any more.
-            call.pop("tokenization_kwargs", None)
+            tokenization = call.pop("tokenization_kwargs", None)
         text = call.get("prompt_text") or rendered.get("prompt")
         reason = (
             "no request scope" if scope is None else why_not_reusable(params, scope, self._features)
@@ -194,6 +209,11 @@ class Planner:
             context=scope.context,
             params_digest=digest,
             lora=lora,
+            besides={
+                **{name: part for name, part in parts.items() if name != "ids"},
+                **({"tokenization": tokenization} if tokenization else {}),
+                **extra,
+            },
         )
 
     async def _render(

@@ -144,10 +144,12 @@ class Races:
         if run is None or not text:
             return None
         started = time.perf_counter()
-        # What the flight finds out about the prompt serves the guard too.
-        analysis, vector = await run.prompt()
-        if analysis is None or vector is None:
-            return None  # the run says what failed
+        analysis = vector = None
+        if run.text == text:
+            # What the flight finds out about the prompt serves the guard too.
+            analysis, vector = await run.prompt()
+            if analysis is None or vector is None:
+                return None  # the run says what failed
         try:
             found = await self.breaker.call(
                 lambda: self._reuser.find_reusable(
@@ -156,7 +158,7 @@ class Races:
                     scope=planned.scope_digest,
                     threshold=delivery.scope.threshold,
                     analysis=analysis,
-                    vector=vector.vector,
+                    vector=None if vector is None else vector.vector,
                     verify=self._verify if delivery.scope.verify == Verify.ENGINE else None,
                 ),
                 budget_s=self._config.budget_s,
