@@ -162,11 +162,16 @@ async def test_with_no_arguments_of_ours_spacy_is_on(llm: EnhancedAsyncLLM) -> N
 def test_what_decides_the_answers_decides_the_identity(llm: EnhancedAsyncLLM) -> None:
     folder = str(bundled_model())
     digests = {llm.identity}
-    for changed in ({"max_model_len": 1024}, {"dtype": "bfloat16"}, {"seed": 7}):
+    for changed in (
+        {"max_model_len": 1024},
+        {"dtype": "bfloat16"},
+        {"seed": 7},
+        {"logprobs_mode": "processed_logprobs"},
+    ):
         args = {"model": folder, "max_model_len": 2048, "dtype": "float32", **changed}
         config = AsyncEngineArgs(enforce_eager=True, **args).create_engine_config()
         digests.add(engine_digest(config))
-    assert len(digests) == 4
+    assert len(digests) == 5
 
 
 async def test_closing_leaves_neither_task_nor_process(equip: Equip) -> None:

@@ -50,3 +50,12 @@ async def adapted(plain: EnhancedAsyncLLM, tmp_path: Path) -> None:
     assert not changed.metadata["cached"]
     assert changed.text != first.text
     assert (await final_of(plain, prompt, params)).text == bare.text
+    # Other files in its place: which of them vLLM has in hand is not known, until it is told to
+    # read them again.
+    adapter(tmp_path / "one", seed=3)
+    stale = await final_of(plain, prompt, params, lora_request=one)
+    assert "have changed" in stale.metadata["not_reusable"]
+    anew = LoRARequest("one", 1, one.lora_path, load_inplace=True)
+    read = await final_of(plain, prompt, params, lora_request=anew)
+    assert (read.metadata["cached"], read.metadata["not_reusable"]) == (False, None)
+    assert read.text != first.text

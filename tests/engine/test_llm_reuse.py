@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from schema.jobs import Reuse
-from tests.engine.conftest import PLAIN, Equip, Equipped, final_of, greedy, until
+from tests.engine.conftest import (
+    PLAIN,
+    Equip,
+    Equipped,
+    final_of,
+    greedy,
+    read_to_the_end,
+    until,
+)
 from workers.engine import HandlerConfig, RequestScope
 from workers.engine.config import CacheConfig, Features, ReusePolicy
 from workers.store.answers import PostgresAnswers
@@ -75,6 +85,30 @@ async def test_a_changed_object_is_another_request(plain: Equipped) -> None:
     assert not await cached(plain, RequestScope(), params)
     params.max_tokens = 2
     assert not await cached(plain, RequestScope(), params)
+
+
+async def test_other_weights_are_another_engine(
+    plain: Equipped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are changed while the engine runs, as vLLM's calls for training do it."""
+    called: list[str] = []
+
+    async def rpc(self: AsyncLLM, method: str, *args: Any, **kwargs: Any) -> None:
+        called.append(method)
+
+    monkeypatch.setattr(AsyncLLM, "collective_rpc", rpc)
+    scope = RequestScope()
+    assert not await cached(plain, scope)
+    collector = await plain.add_request("r", "Half of either", greedy(40, ignore_eos=True))
+    await plain.collective_rpc("profile")
+    assert await cached(plain, scope)
+    await plain.finish_weight_update()
+    output = await read_to_the_end(collector)
+    assert "weights changed" in output.metadata["not_reusable"]
+    assert len(plain.memory) == 0
+    assert not await cached(plain, scope)
+    assert await cached(plain, scope)
+    assert called == ["profile", "finish_weight_update"]
 
 
 async def test_an_answer_ends_with_its_time(equip: Equip) -> None:

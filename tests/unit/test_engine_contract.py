@@ -51,6 +51,9 @@ def test_what_is_inherited_is_not_overridden() -> None:
     """Wrapping the native collector is what keeps these whole; see the module of the engine."""
     for name in ("generate", "encode", "_add_request"):
         assert name not in vars(EnhancedAsyncLLM), f"{name} is overridden"
+    # Weights are changed by this one alone; the engine has to hear of it.
+    for name in ("start_weight_update", "update_weights", "finish_weight_update"):
+        assert "self.collective_rpc(" in inspect.getsource(getattr(AsyncLLM, name)), name
     assert issubclass(EnhancedRequestOutputCollector, RequestOutputCollector)
     assert issubclass(EnhancedRequestOutput, RequestOutput)
 
@@ -115,6 +118,7 @@ RELIED_ON: dict[Any, set[str]] = {
     AsyncLLM: {
         "abort",
         "add_request",
+        "collective_rpc",
         "encode",
         "errored",
         "get_tokenizer",
@@ -172,7 +176,7 @@ RELIED_ON: dict[Any, set[str]] = {
     },
     PoolingOutput: {"data"},
     Logprob: {"decoded_token", "logprob", "rank"},
-    LoRARequest: {"lora_name", "lora_path"},
+    LoRARequest: {"load_inplace", "lora_int_id", "lora_name", "lora_path"},
     SamplingParams: {
         "clone",
         "extra_args",
@@ -192,12 +196,18 @@ RELIED_ON: dict[Any, set[str]] = {
         "structured_outputs_config",
     },
     CacheConfig: {"cache_dtype", "enable_prefix_caching"},
-    MultiModalConfig: {"mm_processor_cache_gb"},
+    MultiModalConfig: {
+        "interleave_mm_strings",
+        "mm_processor_cache_gb",
+        "mm_processor_kwargs",
+        "video_pruning_rate",
+    },
     SpeculativeConfig: {"model"},
     ModelConfig: {
         "dtype",
         "hf_overrides",
         "logits_processors",
+        "logprobs_mode",
         "max_model_len",
         "model",
         "multimodal_config",

@@ -84,7 +84,7 @@ class Airport:
             call["priority"] = priority
         scope = scope or RequestScope()
         delivery: Any = SimpleNamespace(scope=scope, request_id=request_id, flight=None)
-        self.flights.board(RequestPlan(call=call, key=b"k"), delivery)
+        self.flights.board(RequestPlan(call=call, key=b"k", engine=b"e"), delivery)
         return delivery.flight
 
 

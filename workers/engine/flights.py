@@ -67,7 +67,7 @@ class Flights:
         self._stats = stats
         self._tasks = tasks
         self._pace = pace
-        self._engine = engine
+        self.engine = engine
         self._model = model
         self._add = add
         self._abort = abort
@@ -190,6 +190,9 @@ class Flights:
         notes = flight.notes
         notes.seconds["generate"] = engine_s = time.perf_counter() - started
         self._stats.generated += 1
+        if planned.engine != self.engine:
+            notes.not_storable = "not stored: the weights changed while it was generated"
+            return
         try:
             answer = with_outputs(self._unanswered(planned, scope, engine_s), flight.stream)
         except NotStorableError as exc:
@@ -212,7 +215,7 @@ class Flights:
             id=uuid4(),
             namespace=scope.namespace,
             fingerprint=planned.key or b"",
-            engine=self._engine,
+            engine=self.engine,
             model=self._model,
             scope=planned.scope_digest,
             prompt=scope.text or planned.text,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import MultiModalConfig, VllmConfig
 
 #: Files whose content decides what a model answers, weights aside.
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -57,6 +57,14 @@ def _weights(model: str, revision: str | None) -> str:
     return f"repository:{model}@{commit}"
 
 
+def _seen_as(media: MultiModalConfig | None) -> dict[str, str]:
+    """Return what decides how a model sees media, which are known by their content alone."""
+    if media is None:
+        return {}
+    names = ("interleave_mm_strings", "mm_processor_kwargs", "video_pruning_rate")
+    return {name: repr(getattr(media, name)) for name in names}
+
+
 def describe(config: VllmConfig) -> dict[str, Any]:
     """Return what decides the answers of an engine, as JSON types.
 
@@ -84,6 +92,8 @@ def describe(config: VllmConfig) -> dict[str, Any]:
         "runner": model.runner_type,
         "pooler": repr(getattr(model, "pooler_config", None)),
         "logits_processors": repr(model.logits_processors),
+        "logprobs_mode": str(model.logprobs_mode),
+        "media": _seen_as(model.multimodal_config),
         "speculative": None if speculative is None else repr(speculative.model),
         "seed": model.seed,
         "watermark": repr(getattr(config, "watermark_config", None)),

@@ -1,15 +1,16 @@
 """`EnhancedAsyncLLM`: vLLM's `AsyncLLM`, never computing the same answer twice.
 
-Real inheritance: `add_request`, `abort` and `shutdown` are overridden, and so are the constructor
-and its two factories, which take a `HandlerConfig` more. Everything else is inherited, `generate`
-and `encode` included. On a miss `add_request` calls the parent's and wraps the collector that it
-returns: vLLM builds its own inside, so wrapping is what keeps n > 1, streaming input, LoRA, pooling
-and vLLM's OpenAI handlers whole.
+Real inheritance: `add_request`, `abort`, `collective_rpc` and `shutdown` are overridden, and so are
+the constructor and its two factories, which take a `HandlerConfig` more. Everything else is
+inherited, `generate` and `encode` included. On a miss `add_request` calls the parent's and wraps
+the collector that it returns: vLLM builds its own inside, so wrapping is what keeps n > 1, streaming
+input, LoRA, pooling and vLLM's OpenAI handlers whole.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 import weakref
 from collections.abc import AsyncGenerator, Iterable
@@ -166,6 +167,25 @@ class EnhancedAsyncLLM(AsyncLLM):
         if native:
             await super().abort(native, internal)
 
+    async def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call every worker of the engine, as `AsyncLLM.collective_rpc`.
+
+        By it weights are changed while an engine runs, and another model it is then: nothing that
+        was answered before is given any more.
+
+        Args:
+            method: Of the workers.
+            *args: As for the parent.
+            **kwargs: As for the parent.
+        """
+        if "weight" not in str(method):
+            return await super().collective_rpc(method, *args, **kwargs)
+        self._become_another()
+        try:
+            return await super().collective_rpc(method, *args, **kwargs)
+        finally:
+            self._become_another()  # what was answered meanwhile is half of either
+
     async def aclose(self) -> None:
         """End every side task, then the engine; idempotent."""
         await self._flights.aclose()
@@ -248,6 +268,11 @@ class EnhancedAsyncLLM(AsyncLLM):
     ) -> int:
         """Drop answers from the memory tier; see `MemoryCache.forget`."""
         return self.memory.forget(namespace=namespace, answer_ids=answer_ids, tag=tag, model=model)
+
+    def _become_another(self) -> None:
+        self.identity = hashlib.sha256(self.identity + uuid4().bytes).digest()
+        self._planner.engine = self._flights.engine = self.identity
+        self.memory.forget()
 
     def _equip(self, config: HandlerConfig, parts: Parts | None) -> None:
         """Make all that works beside the engine."""

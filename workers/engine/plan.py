@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from workers.engine.fingerprint import (
 from workers.engine.scope import RequestScope
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 #: Up to here a text is tokenized where it stands; beyond, on the renderer's threads, since a
@@ -143,12 +145,13 @@ class Planner:
 
     def __init__(self, llm: AsyncLLM, *, engine: bytes, features: Features) -> None:
         self._llm = llm
-        self._engine = engine
+        self.engine = engine
         self._features = features
         self._texts: LRUCache[str, _Rendered] = LRUCache(
             _KEPT_CHARS, getsizeof=lambda rendered: max(64, 4 * len(rendered.ids))
         )
         self._params: LRUCache[tuple[type[Any], bytes], bytes] = LRUCache(_KEPT_PARAMS)
+        self._adapters: dict[int, str] = {}  # content by vLLM's number, as first seen
 
     async def plan(self, call: dict[str, Any], *, scope: RequestScope | None) -> RequestPlan:
         """Render and key a request.
@@ -185,9 +188,14 @@ class Planner:
             reason = reason or "with both of its media caches off, vLLM takes no hash of media"
         if parts is None:
             reason = reason or f"a prompt of type {rendered.get('type')!r} has no exact identity"
+        adapter: LoRARequest | None = call.get("lora_request")
+        # Beside the loop: an adapter that is new has to be read to its end.
+        lora = None if adapter is None else await asyncio.to_thread(lora_digest, adapter)
+        if adapter is not None and not self._is_loaded(adapter, lora or ""):
+            reason = reason or "the adapter's files have changed since vLLM loaded them"
         if reason is not None or parts is None or scope is None:
             return RequestPlan(call=call, text=text, prompt_token_ids=ids, not_reusable=reason)
-        digest, lora = self._digest(params), lora_digest(call.get("lora_request"))
+        digest = self._digest(params)
         extra = {
             name: call[name]
             for name in ("reasoning_ended", "reasoning_parser_kwargs")
@@ -199,13 +207,13 @@ class Planner:
             prompt_token_ids=ids,
             key=fingerprint(
                 namespace=scope.namespace,
-                engine=self._engine,
+                engine=self.engine,
                 prompt=parts,
                 params=digest,
                 lora=lora,
                 extra=extra,
             ),
-            engine=self._engine,
+            engine=self.engine,
             context=scope.context,
             params_digest=digest,
             lora=lora,
@@ -253,6 +261,12 @@ class Planner:
         media = self._llm.model_config.multimodal_config
         caches = self._llm.vllm_config.cache_config
         return media is None or bool(media.mm_processor_cache_gb or caches.enable_prefix_caching)
+
+    def _is_loaded(self, adapter: LoRARequest, content: str) -> bool:
+        """Whether vLLM answers by this content: it reads an adapter again only when told to."""
+        if adapter.load_inplace:
+            self._adapters[adapter.lora_int_id] = content
+        return self._adapters.setdefault(adapter.lora_int_id, content) == content
 
     def _digest(self, params: Params) -> bytes:
         try:
