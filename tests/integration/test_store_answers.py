@@ -129,6 +129,20 @@ async def test_an_answer_lives_by_postgres_clock_and_then_makes_way(
     assert await number(database, "SELECT count(*) FROM embeddings") == 2
 
 
+async def test_to_put_an_answer_again_gives_it_no_more_time(answer_store: PostgresAnswers) -> None:
+    """It comes again with its late analysis, and with each job that memory gave it to."""
+    now = time.time()
+    first = answer(fingerprint=b"f", created_at=now, expires_at=now + 3600)
+    await answer_store.put(first)
+    for until_s in (7200, 60):
+        again = dataclasses.replace(first, expires_at=now + until_s, analysis=analysis())
+        await answer_store.put(again)
+        kept = await answer_store.get("default", b"f")
+        assert kept is not None
+        assert kept.analysis is not None
+        assert kept.expires_at == pytest.approx(now + 3600, abs=60)
+
+
 async def test_a_reported_answer_is_never_served_again_and_its_jobs_are_named(
     database: Database, job_store: JobStore, answer_store: PostgresAnswers
 ) -> None:

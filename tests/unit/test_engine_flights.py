@@ -10,7 +10,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from tests.unit.engine_parts import MemoryStore, Native, output, piece
+from tests.unit.engine_parts import MemoryStore, Native, answer, output, piece
 from workers.cache.memory import MemoryCache
 from workers.engine.breaker import Breaker
 from workers.engine.config import Features, HandlerConfig
@@ -49,7 +49,7 @@ class Airport:
             EngineStats(),
             SideTasks(),
         )
-        self.tasks = tasks
+        self.tasks, self.memory = tasks, memory
         self.flights = Flights(
             config=CONFIG,
             enrichers=Enrichers(CONFIG),
@@ -156,3 +156,37 @@ async def test_what_comes_late_is_stored_only_with_an_answer_that_is_accepted(
         while len(airport.tasks):
             await asyncio.sleep(0)
     assert len(airport.store.answers) == accepted
+
+
+@pytest.mark.parametrize("withdrawn", ["a", "b"])
+async def test_what_is_withdrawn_before_it_is_stored_is_not_stored(withdrawn: str) -> None:
+    airport = Airport()
+    airport.store.free.set()
+    verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    scope = RequestScope(tags=("a",), deferred=True, verdict=verdict)
+    flight = airport.board("r", None, scope)
+    flight.notes.late = True
+    airport.native.collector.put(output(piece("a", [1], end="stop"), finished=True))
+    async with asyncio.timeout(10):
+        await flight.ended()
+        airport.memory.forget(tag=withdrawn)
+        verdict.set_result(True)
+        while len(airport.tasks):
+            await asyncio.sleep(0)
+    assert len(airport.store.answers) == (withdrawn == "b")
+
+
+@pytest.mark.parametrize("withdrawn", [True, False])
+async def test_what_was_read_before_it_was_withdrawn_is_not_remembered(withdrawn: bool) -> None:
+    """Else memory would give it for minutes to come."""
+    airport = Airport()
+    stored = answer(b"k", namespace=RequestScope().namespace)
+    await airport.store.put(stored)
+    flight = airport.board("r", None)
+    await asyncio.sleep(0)
+    if withdrawn:
+        airport.memory.forget(answer_ids=frozenset({stored.id}))
+    airport.store.free.set()
+    await flight.ended()
+    assert flight.replayed
+    assert len(airport.memory) == (not withdrawn)

@@ -42,6 +42,9 @@ class MemoryCache:
             maxsize=max_bytes, ttl=ttl_s, getsizeof=lambda answer: max(_bytes_of(answer), least)
         )
         self._answers = self._empty()
+        #: How often something was to be forgotten: who reads an answer elsewhere, to put it here,
+        #: can tell by it that it may have been withdrawn meanwhile.
+        self.forgettings = 0
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -104,6 +107,7 @@ class MemoryCache:
         Returns:
             How many were dropped.
         """
+        self.forgettings += 1
         doomed = [key for key in self._answers if namespace is None or key[0] == namespace]
         if answer_ids or tag is not None or model is not None:
 

@@ -73,7 +73,7 @@ class DurableTier:
         store = self._store
         if store is None:
             return False
-        started = time.perf_counter()
+        started, forgettings = time.perf_counter(), self._memory.forgettings
         try:
             asked = self._breaker.call(
                 lambda: store.get(scope.namespace, planned.key or b""), budget_s=_LOOK_UP_BUDGET_S
@@ -87,7 +87,8 @@ class DurableTier:
             answer = await self._from_another_worker(planned, scope, notes)
         if answer is None:
             return False
-        self._memory.put(answer)
+        if self._memory.forgettings == forgettings:
+            self._memory.put(answer)  # else it may have been read before it was withdrawn
         self._stats.hit("store", Provenance.EXACT)
         self.used(answer, scope)
         notes.reused = Reused(answer=answer, provenance=Provenance.EXACT, tier="store")
@@ -178,13 +179,20 @@ class DurableTier:
             scope: Of that request.
         """
         store, answer = self._store, notes.answer
-        if store is None or answer is None:
+        if store is None or answer is None or self._withdrawn(notes, answer):
             return
         try:
             await self._breaker.call(lambda: store.put(answer), budget_s=_STORE_BUDGET_S)
             self.unmark(notes, planned, scope)
         except Exception as exc:  # noqa: BLE001  the answer was given; it was counted and logged
             notes.errors["store"] = f"{type(exc).__name__}: {exc}"
+
+    def _withdrawn(self, notes: FlightNotes, answer: StoredAnswer) -> bool:
+        """Whether an answer may have been withdrawn since it was made, and must not come back."""
+        if self._memory.forgettings == notes.forgettings:
+            return False
+        kept = self._memory.get(answer.namespace, answer.fingerprint)
+        return kept is None or kept.id != answer.id
 
 
 def replayed(answer: StoredAnswer, planned: RequestPlan) -> Stream:

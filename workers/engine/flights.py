@@ -205,6 +205,7 @@ class Flights:
             )
             notes.enrichment.analyse_answer(answer.completions[0].text)
         self._memory.put(answer)
+        notes.forgettings = self._memory.forgettings
         self._tasks.spawn(self._keep(notes, planned, scope), name="promptmill-keep")
 
     def _unanswered(

@@ -3,8 +3,8 @@
 Real inheritance: `add_request`, `abort`, `collective_rpc` and `shutdown` are overridden, and so are
 the constructor and its two factories, which take a `HandlerConfig` more. Everything else is
 inherited, `generate` and `encode` included. On a miss `add_request` calls the parent's and wraps
-the collector that it returns: vLLM builds its own inside, so wrapping is what keeps n > 1, streaming
-input, LoRA, pooling and vLLM's OpenAI handlers whole.
+the collector that it returns: vLLM builds its own inside, so wrapping is what keeps n > 1,
+streaming input, LoRA, pooling and vLLM's OpenAI handlers whole.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class FlightNotes:
     enrichment: EnrichmentRun | None = None
     reused: Reused | None = None  # the store had it
     answer: StoredAnswer | None = None  # what was generated, once it is whole
+    forgettings: int = 0  # of the memory tier, when it was given that answer
     not_storable: str | None = None  # why there is no answer to keep
     analyse_answer: bool = False  # one of its readers wants the answer analysed
     engine_stores: bool = False  # one of its readers leaves storing to the engine

@@ -31,7 +31,8 @@ _PUT_ANALYSES = text(
 )
 
 # Of two answers to one request the first stays, as long as it is live; one that has expired makes
-# way. The same answer comes again when its analysis was late: what was found is added to it. A
+# way. The same answer comes again when its analysis was late, or with a job that was given it: what
+# was found is added to it, and its time goes on as it was. A
 # reported answer is no longer in the index that decides this, so a new one can take its
 # place, unless it says the same again.
 _PUT_ANSWERS = text(
@@ -76,7 +77,8 @@ _PUT_ANSWERS = text(
         hits = CASE WHEN answers.id = excluded.id THEN answers.hits ELSE 0 END,
         last_hit_at = CASE WHEN answers.id = excluded.id THEN answers.last_hit_at END,
         created_at = CASE WHEN answers.id = excluded.id THEN answers.created_at ELSE now() END,
-        expires_at = excluded.expires_at
+        expires_at = CASE WHEN answers.id = excluded.id THEN answers.expires_at
+                          ELSE excluded.expires_at END
     WHERE answers.expires_at <= now() OR answers.id = excluded.id
     RETURNING id
     """
