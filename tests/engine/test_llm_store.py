@@ -30,7 +30,7 @@ from tests.engine.conftest import (
     until,
 )
 from workers.engine import HandlerConfig, RequestScope
-from workers.engine.config import CacheConfig, SimilarityConfig
+from workers.engine.config import CacheConfig, Features, SimilarityConfig
 from workers.engine.protocols import StoredAnswer
 from workers.enrich.embedder import MiniLmEmbedder
 from workers.enrich.neighbours import Considered
@@ -93,9 +93,44 @@ async def test_an_answer_outlives_the_memory(equip: Equip, answer_store: Postgre
     assert joined(made, RequestOutputKind.DELTA) == joined(again, RequestOutputKind.DELTA)
     third = await outputs_of(llm, "Outlive", params, "third")
     assert third[-1].metadata["tier"] == "memory"
+    stats = llm.stats()
+    rates = {"exact/memory": 1 / 3, "exact/store": 1 / 3, "coalesced": 0}
+    assert stats["hit_rates"] == pytest.approx(rates)
+    assert stats["hit_rate"] == pytest.approx(2 / 3)
+    assert {name: took["times"] for name, took in stats["stages"].items()} == {
+        "look_up": 2,
+        "generate": 1,
+        "total": 3,
+    }
     # Another engine of the same identity, in another process so to say.
     other = await outputs_of(equip(PLAIN, store=answer_store), "Outlive", params)
     assert other[-1].metadata["source_answer_id"] == again[-1].metadata["source_answer_id"]
+
+
+async def test_what_was_answered_is_stored_though_the_engine_is_closed_at_once(
+    equip: Equip, answer_store: PostgresAnswers
+) -> None:
+    """A program that asks one thing and ends; what still hangs then is not waited for."""
+
+    class Hanging:
+        name = "hanging"
+
+        async def enrich(self, text: str, *, namespace: str) -> Any:
+            await asyncio.Event().wait()
+
+        async def aclose(self) -> None:
+            """Nothing runs."""
+
+    config = HandlerConfig(features=Features(nlp=False, similarity=False))
+    llm = equip(config, store=answer_store, plugins=(Hanging(),))
+    scope = RequestScope()
+    with scope.active():
+        output = await final_of(llm, "And good bye", greedy(3))
+    assert output.metadata["late"] == ["plugin:hanging"]
+    await llm.aclose()
+    answer = scope.report.entries[0].answer
+    assert answer is not None
+    assert await answer_store.by_id("default", answer.id) is not None
 
 
 async def test_two_workers_generate_the_same_once(
@@ -289,6 +324,11 @@ async def test_a_neighbours_answer_is_served_by_meaning(
     assert (row.served, row.shadow, row.rule) == (True, False, None)
     assert str(row.answer_id) == data["source_answer_id"]
     assert everything.stats()["hits"]["semantic/store"] == 1
+    stages = {name: took["times"] for name, took in everything.stats()["stages"].items()}
+    # Those of an answer that was served by meaning count as all others do.
+    assert stages.items() >= {"semantic": 1, "nlp": 2, "total": 2, "generate": 1}.items()
+    assert data["processing_time"]["semantic"] > 0
+    assert everything.stats()["decisions_lost"] == 0
     used = everything.stats()["processes"]
     assert used["self"]["pid"] == os.getpid()
     assert {"VLLM::EngineCore", "spacy", "minilm"} <= used.keys()

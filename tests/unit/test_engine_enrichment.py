@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import uuid4
 
+import numpy as np
 import pytest
 
 from tests.unit.engine_parts import LengthEmbedder, MemoryStore, WordAnalyser
@@ -127,6 +129,7 @@ async def test_what_a_part_cannot_take_at_once_waits_and_is_no_failure() -> None
         await gate.acquire()
     assert "busy" in (await rig.run()).findings.errors["nlp"]
     assert rig.enrichers.breakers["nlp"].failed == 0
+    assert rig.enrichers.breakers["nlp"].skipped == 1
 
 
 async def test_once_nobody_wants_it_nothing_more_is_begun() -> None:
@@ -188,7 +191,48 @@ def test_installed_plug_ins_are_taken_and_broken_ones_named(
     assert parts.missing == {"plugin:bad": "ImportError: no"}
 
 
-async def test_closing_closes_the_parts() -> None:
-    rig = Rig()
+class Odd:
+    """A plug-in of somebody who did not read the protocol to its end."""
+
+    name = "odd"
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    async def enrich(self, text: str, *, namespace: str) -> Any:
+        return self.found
+
+    async def aclose(self) -> None:
+        msg = "cannot end"
+        raise RuntimeError(msg)
+
+
+@pytest.mark.parametrize("found", [{"x": object()}, {"x": np.float32(1)}, None, ["x"]])
+async def test_what_a_plug_in_finds_costs_no_answer_its_place(found: Any) -> None:
+    """It would be stored in one transaction with the job's outcome."""
+    rig = Rig(plugins=(Odd(found),))
+    findings = (await rig.run()).findings
+    assert findings.enrichments == {}
+    assert findings.errors.keys() == {"plugin:odd"}
+    assert rig.enrichers.breakers["plugin:odd"].failed == 2  # tried again
+    assert findings.analysis is not None
+
+
+async def test_what_json_can_hold_is_kept_as_json_holds_it() -> None:
+    told: list[str] = []
+    found = {"set": {1}, "pair": ("a", None)}
+    rig = Rig(plugins=(Odd(found),), took=told.extend)
+    findings = (await rig.run()).findings
+    assert findings.enrichments == {"odd": {"set": [1], "pair": ["a", None]}}
+    assert sorted(told) == ["nlp", "plugin:odd", "similarity"]
+
+
+async def test_closing_closes_the_parts_whichever_fails_at_it() -> None:
+    odd = Odd({})
+    rig = Rig(embedder=odd, plugins=(odd,))
     await rig.enrichers.aclose()
     assert rig.analyser.closed == 1
+    last = Rig(analyser=odd)
+    last.embedder.aclose = AsyncMock()  # type: ignore[method-assign]
+    await last.enrichers.aclose()
+    last.embedder.aclose.assert_awaited_once()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.unit.engine_parts import Native, answer, output, piece
-from workers.engine.flight import Reader
+from workers.engine.collector import EnhancedRequestOutputCollector
+from workers.engine.flight import Reader, Stream
 from workers.engine.replay import stream_of, with_outputs
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
@@ -152,3 +156,53 @@ async def test_closed_by_its_owner_it_tells_its_readers() -> None:
     with pytest.raises(EngineDeadError):
         await read(reader)
     assert native.aborted == ["native-1"]
+
+
+async def test_who_waits_for_its_end_can_be_cancelled() -> None:
+    flight = Native().flight()
+    flight.join("r", DELTA)
+    await flight.ready()
+    waiting = asyncio.create_task(flight.ended())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not flight.stream.finished
+    flight.cancel()
+    await flight.ended()
+
+
+async def test_a_reader_can_be_cancelled_at_any_moment() -> None:
+    """Also in the one in which a look-up has just ended, and what it waited for besides has not."""
+    race = asyncio.get_running_loop().create_future()
+    stopping, may_stop = asyncio.Event(), asyncio.Event()
+
+    class Slow(Reader):
+        async def wait(self) -> None:
+            try:
+                await super().wait()
+            finally:
+                stopping.set()
+                await may_stop.wait()
+
+    delivery: Any = SimpleNamespace(
+        adopt=lambda: None, racing=lambda: race, left=lambda: None, settled=lambda: True
+    )
+    collector = EnhancedRequestOutputCollector(
+        request_id="r",
+        output_kind=DELTA,
+        source=Slow(Stream(), request_id="r", kind=DELTA),
+        delivery=delivery,
+        abort=AsyncMock(),
+    )
+    reading = asyncio.create_task(collector.get())
+    async with asyncio.timeout(10):
+        await asyncio.sleep(0.01)
+        collector._source.news.clear()  # type: ignore[attr-defined]
+        race.set_result(None)
+        await stopping.wait()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+    may_stop.set()
+    collector.close()

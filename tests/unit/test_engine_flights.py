@@ -64,6 +64,7 @@ class Airport:
             ),
             stats=stats,
             tasks=tasks,
+            writes=tasks,
             pace=Pace(),
             engine=b"e",
             model="m",

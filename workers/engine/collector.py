@@ -8,7 +8,6 @@ shared with others, or from a stored answer.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Protocol
 
@@ -171,8 +170,7 @@ class EnhancedRequestOutputCollector(RequestOutputCollector):
                 await asyncio.wait({news, race}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 news.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await news
+                await asyncio.wait([news])  # and not the news: who reads may be cancelled
 
     def _enhance(self, output: Output, *, final: bool) -> Output:
         if not self._handed_out:

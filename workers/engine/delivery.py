@@ -52,6 +52,7 @@ class RequestDelivery:
     enrichment: EnrichmentRun | None = None  # of this request alone
     race: asyncio.Task[Won | None] | None = None
     errors: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # stage of its own to time
     spoken: Callable[[], str] | None = None  # text of an answer that is not kept
     on_arrival: Callable[[RequestDelivery], None] | None = None
     on_final: Callable[[RequestDelivery], None] | None = None
@@ -183,7 +184,7 @@ class RequestDelivery:
             of_answer = {**enrichments.pop(ANSWER_ENRICHMENTS, {}), **of_answer}
             if reused.provenance == Provenance.EXACT:
                 analysis, similar = reused.answer.analysis, reused.answer.similar
-        seconds = {**findings.seconds, **own.seconds}
+        seconds = {**findings.seconds, **own.seconds, **self.seconds}
         errors = {**self.errors, **findings.errors, **own.errors}
         if self.flight is not None:
             seconds = {**self.flight.notes.seconds, **seconds}

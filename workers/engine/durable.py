@@ -82,7 +82,7 @@ class DurableTier:
         except Exception as exc:  # noqa: BLE001  without the store, vLLM answers; it was counted
             notes.errors["store"] = f"{type(exc).__name__}: {exc}"
             return False
-        notes.seconds["look_up"] = time.perf_counter() - started
+        self._took(notes, "look_up", started)
         if answer is None:
             answer = await self._from_another_worker(planned, scope, notes)
         if answer is None:
@@ -120,8 +120,12 @@ class DurableTier:
         except Exception as exc:  # noqa: BLE001  without the store, vLLM answers; it was counted
             notes.errors["store"] = f"{type(exc).__name__}: {exc}"
             return None
-        notes.seconds["other_worker"] = time.perf_counter() - started
+        self._took(notes, "other_worker", started)
         return answer
+
+    def _took(self, notes: FlightNotes, stage: str, started: float) -> None:
+        notes.seconds[stage] = took_s = time.perf_counter() - started
+        self._stats.took({stage: took_s})
 
     def used(self, answer: StoredAnswer, scope: RequestScope) -> None:
         """Start a stored answer's time anew, where whoever was given it asked for that.

@@ -7,6 +7,7 @@ the answer comes as vLLM gave it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -14,6 +15,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import UUID
+
+import msgspec
 
 from schema.errors import CallerError
 from workers.engine.breaker import Breaker, BreakerOpenError
@@ -30,6 +33,8 @@ from workers.engine.protocols import (
 from workers.engine.side_tasks import SideTasks
 
 _T = TypeVar("_T")
+#: Seconds a part may take to stop what it runs.
+_CLOSE_S = 10.0
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Enrichers:
         store: Knows the neighbours, or None.
         plugins: Enrichers of other packages.
         missing: Parts that could not be had, and why.
+        took: Told of each stage that has ended: its seconds by its name.
     """
 
     def __init__(
@@ -68,8 +74,10 @@ class Enrichers:
         store: AnswerStore | None = None,
         plugins: Sequence[Enricher] = (),
         missing: Mapping[str, str] | None = None,
+        took: Callable[[Mapping[str, float]], None] = lambda _: None,
     ) -> None:
         self.config = config
+        self.took = took
         self.analyser = analyser if config.features.nlp else None
         self.embedder = embedder if config.features.similarity else None
         self.store = store
@@ -126,6 +134,7 @@ class Enrichers:
                 async with asyncio.timeout(budget_s):
                     await gate.acquire()
             except TimeoutError:
+                self.breakers[name].skipped += 1
                 msg = f"{name} was busy for more than {budget_s:g} s"
                 raise TimeoutError(msg) from None
         else:
@@ -181,18 +190,20 @@ class Enrichers:
         if embedder is None:
             msg = "no embedder"
             raise CallerError(msg)
-        matrix = await self._guarded(
-            "embedder", lambda: embedder.embed(texts), self.config.similarity.budget_s
-        )
-        return tuple(
-            PartVector(
-                part=part,
-                vector=vector,
-                embedder=embedder.name,
-                clause=text if part else None,
+
+        async def vectors() -> tuple[PartVector, ...]:
+            matrix = await embedder.embed(texts)
+            return tuple(
+                PartVector(
+                    part=part,
+                    vector=vector,
+                    embedder=embedder.name,
+                    clause=text if part else None,
+                )
+                for part, (text, vector) in enumerate(zip(texts, matrix, strict=True), first)
             )
-            for part, (text, vector) in enumerate(zip(texts, matrix, strict=True), first)
-        )
+
+        return await self._guarded("embedder", vectors, self.config.similarity.budget_s)
 
     async def nearest(self, part: PartVector, *, namespace: str) -> Sequence[Neighbour]:
         """Name what lies near one part of a prompt, within the configured budget.
@@ -231,21 +242,31 @@ class Enrichers:
             plugin: One of `plugins`.
             text: A prompt or an answer.
             namespace: Tenant.
+
+        Returns:
+            JSON types: what it found is stored, and must cost no answer its place.
+
+        Raises:
+            Exception: What it raised, that it is over its budget, or that JSON cannot hold what it
+                returned.
         """
-        return await self._guarded(
-            f"plugin:{plugin.name}",
-            lambda: plugin.enrich(text, namespace=namespace),
-            self._plugin(plugin).budget_s,
-        )
+
+        async def found() -> dict[str, Any]:
+            written = msgspec.json.encode(await plugin.enrich(text, namespace=namespace))
+            return msgspec.json.decode(written, type=dict[str, Any])
+
+        return await self._guarded(f"plugin:{plugin.name}", found, self._plugin(plugin).budget_s)
 
     def _plugin(self, plugin: Enricher) -> PluginConfig:
         return self.config.plugins.get(plugin.name, self.config.plugin)
 
     async def aclose(self) -> None:
-        """Stop what the parts run; idempotent."""
+        """Stop what the parts run, whichever of them fails at it; idempotent."""
         for part in (self.analyser, self.embedder, *self.plugins):
             if part is not None:
-                await part.aclose()
+                with contextlib.suppress(Exception):  # the breaker logs it
+                    closing = Breaker(f"closing {type(part).__name__}")
+                    await closing.call(part.aclose, budget_s=_CLOSE_S)
 
 
 class EnrichmentRun:
@@ -346,7 +367,8 @@ class EnrichmentRun:
             findings.errors[name] = f"{type(exc).__name__}: {exc}"
         finally:
             findings.running.discard(name)
-            findings.seconds[name] = time.perf_counter() - started
+            findings.seconds[name] = took_s = time.perf_counter() - started
+            self._enrichers.took({name: took_s})
 
     async def _analyse(self) -> None:
         try:
@@ -392,11 +414,11 @@ class EnrichmentRun:
 
     async def _plug_in(self, plugin: Enricher) -> None:
         found = await self._enrichers.plug_in(plugin, self.text, namespace=self._namespace)
-        self.findings.enrichments[plugin.name] = dict(found)
+        self.findings.enrichments[plugin.name] = found
 
     async def _plug_in_answer(self, plugin: Enricher, text: str) -> None:
         found = await self._enrichers.plug_in(plugin, text, namespace=self._namespace)
-        self.findings.answer_enrichments[plugin.name] = dict(found)
+        self.findings.answer_enrichments[plugin.name] = found
 
 
 def _resolve(future: asyncio.Future[_T], value: _T) -> None:

@@ -266,8 +266,7 @@ class Flight:
 
     async def ended(self) -> None:
         """Wait until the flight's task is over; what it raised went to the readers."""
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await asyncio.shield(self._task)
+        await asyncio.wait([self._task])  # and not the task itself: who waits may be cancelled
 
     def cancel(self) -> None:
         """End the flight now."""

@@ -37,7 +37,8 @@ class Flights:
         memory: The first tier.
         durable: The tier behind it.
         stats: Counts.
-        tasks: Owner of what runs after a generation.
+        tasks: Owner of what runs beside a generation.
+        writes: Owner of what is written after it.
         pace: Of what starts or ends at the same moment.
         engine: Digest of the engine's identity.
         model: Name under which the model is served.
@@ -54,6 +55,7 @@ class Flights:
         durable: DurableTier,
         stats: EngineStats,
         tasks: SideTasks,
+        writes: SideTasks,
         pace: Pace,
         engine: bytes,
         model: str,
@@ -66,6 +68,7 @@ class Flights:
         self._durable = durable
         self._stats = stats
         self._tasks = tasks
+        self._writes = writes
         self._pace = pace
         self.engine = engine
         self._model = model
@@ -104,6 +107,7 @@ class Flights:
         Args:
             delivery: Of the final output.
         """
+        self._stats.took({"total": time.perf_counter() - delivery.started})
         notes = delivery.flight.notes if delivery.flight is not None else None
         if notes is None or notes.answer is None:
             return
@@ -190,6 +194,7 @@ class Flights:
         notes = flight.notes
         notes.seconds["generate"] = engine_s = time.perf_counter() - started
         self._stats.generated += 1
+        self._stats.took({"generate": engine_s})
         if planned.engine != self.engine:
             notes.not_storable = "not stored: the weights changed while it was generated"
             return
@@ -206,7 +211,7 @@ class Flights:
             notes.enrichment.analyse_answer(answer.completions[0].text)
         self._memory.put(answer)
         notes.forgettings = self._memory.forgettings
-        self._tasks.spawn(self._keep(notes, planned, scope), name="promptmill-keep")
+        self._writes.spawn(self._keep(notes, planned, scope), name="promptmill-keep")
 
     def _unanswered(
         self, planned: RequestPlan, scope: RequestScope, engine_s: float
@@ -232,8 +237,6 @@ class Flights:
         if notes.enrichment is not None:
             await notes.enrichment.wait()
             self._memory.complete(_complete(notes))
-            self._stats.took(notes.enrichment.findings.seconds)
-        self._stats.took(notes.seconds)
         if notes.engine_stores or (notes.late and await scope.accepted()):
             await self._durable.keep(notes, planned, scope)
 

@@ -50,6 +50,8 @@ from workers.engine.verification import EngineVerifier
 _SIGNATURE = Signature()
 #: Seconds one write of decisions may take.
 _RECORD_BUDGET_S = 10.0
+#: Seconds that writing what is left may take when the engine is closed.
+_LAST_WRITES_S = 5.0
 
 
 class EnhancedAsyncLLM(AsyncLLM):
@@ -187,11 +189,15 @@ class EnhancedAsyncLLM(AsyncLLM):
             self._become_another()  # what was answered meanwhile is half of either
 
     async def aclose(self) -> None:
-        """End every side task, then the engine; idempotent."""
-        await self._flights.aclose()
-        await self._side_tasks.aclose()
-        await self.enrichers.aclose()
-        self.shutdown()
+        """Write what was answered, end every side task, then the engine; idempotent."""
+        try:
+            await self._flights.aclose()
+            await self._side_tasks.aclose()
+            # What they found by now goes with the answers that wait for it.
+            await self._writes.aclose(wait_s=_LAST_WRITES_S)
+            await self.enrichers.aclose()
+        finally:
+            self.shutdown()
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Shut the engine down, as `AsyncLLM.shutdown`; side tasks are cancelled.
@@ -204,8 +210,9 @@ class EnhancedAsyncLLM(AsyncLLM):
         if vars(self).get("_shut_down", False):
             return
         self._shut_down = True
-        if (tasks := vars(self).get("_side_tasks")) is not None:
-            tasks.cancel()
+        for name in ("_side_tasks", "_writes"):
+            if (tasks := vars(self).get(name)) is not None:
+                tasks.cancel()
         super().shutdown(timeout=timeout)
 
     def stats(self) -> dict[str, Any]:
@@ -218,7 +225,8 @@ class EnhancedAsyncLLM(AsyncLLM):
             processes=self._processes.snapshot(),
             memory=self.memory,
             flights=len(self._flights),
-            side_tasks=len(self._side_tasks),
+            side_tasks=len(self._side_tasks) + len(self._writes),
+            decisions_lost=self._races.log.lost if self._races is not None else 0,
             breakers=[
                 self._store_breaker,
                 *self.enrichers.breakers.values(),
@@ -280,8 +288,10 @@ class EnhancedAsyncLLM(AsyncLLM):
         self.handler_config = config
         self._policy = functools.lru_cache(maxsize=1024)(config.policy)
         self.parts = parts = complete(default_parts(config) if parts is None else parts, config)
+        self._stats = EngineStats()
         self.enrichers = Enrichers(
             config,
+            took=self._stats.took,
             analyser=parts.analyser,
             embedder=parts.embedder,
             store=parts.store,
@@ -294,9 +304,8 @@ class EnhancedAsyncLLM(AsyncLLM):
             ttl_s=config.cache.memory_ttl_s,
         )
         self._planner = Planner(self, engine=self.identity, features=config.features)
-        self._stats = EngineStats()
         self._processes = Processes()
-        self._side_tasks = SideTasks()
+        self._side_tasks, self._writes = SideTasks(), SideTasks()
         self._pace = Pace()
         self._store_breaker = Breaker("store")
         self._readers: weakref.WeakValueDictionary[str, Reader] = weakref.WeakValueDictionary()
@@ -306,7 +315,7 @@ class EnhancedAsyncLLM(AsyncLLM):
             memory=self.memory,
             breaker=self._store_breaker,
             stats=self._stats,
-            tasks=self._side_tasks,
+            tasks=self._writes,
         )
         self._flights = Flights(
             config=config,
@@ -315,6 +324,7 @@ class EnhancedAsyncLLM(AsyncLLM):
             durable=self._durable,
             stats=self._stats,
             tasks=self._side_tasks,
+            writes=self._writes,
             pace=self._pace,
             engine=self.identity,
             model=str(self.model_config.served_model_name),
@@ -330,7 +340,7 @@ class EnhancedAsyncLLM(AsyncLLM):
             store=self.parts.store,
             breaker=self._store_breaker,
             budget_s=_RECORD_BUDGET_S,
-            tasks=self._side_tasks,
+            tasks=self._writes,
         )
         return Races(
             reuser=self.parts.reuser,

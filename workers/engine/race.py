@@ -76,7 +76,7 @@ class Races:
         self._enrichers = enrichers
         self._config = enrichers.config.similarity
         self._stats = stats
-        self._log = log
+        self.log = log
         self._tasks = tasks
         self._seat = seat
         self._used = used
@@ -166,7 +166,9 @@ class Races:
         except Exception as exc:  # noqa: BLE001  vLLM answers; the breaker counted it
             delivery.errors["semantic"] = f"{type(exc).__name__}: {exc}"
             return None
-        flight.notes.seconds["semantic"] = time.perf_counter() - started
+        seconds = {"semantic": time.perf_counter() - started}
+        delivery.seconds |= seconds
+        self._stats.took(seconds)
         return found
 
     async def _shadow(
@@ -221,4 +223,4 @@ class Races:
         for decision in decisions:
             self._stats.decided(decision)
         delivery.scope.report.decisions.extend(decisions)
-        self._log.add(decisions)
+        self.log.add(decisions)

@@ -49,8 +49,16 @@ class SideTasks:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(task.cancel)
 
-    async def aclose(self) -> None:
-        """Cancel all of them, and wait until they have ended."""
+    async def aclose(self, *, wait_s: float = 0.0) -> None:
+        """Cancel all of them, and wait until they have ended.
+
+        Args:
+            wait_s: Seconds in which they may end by themselves.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait_s
+        while self._tasks and (left_s := end - loop.time()) > 0:
+            await asyncio.wait(self._tasks, timeout=left_s)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

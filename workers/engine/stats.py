@@ -92,6 +92,7 @@ class EngineStats:
         memory: MemoryCache,
         flights: int,
         side_tasks: int,
+        decisions_lost: int,
         breakers: Sequence[Breaker],
         processes: Mapping[str, Mapping[str, Any]],
     ) -> dict[str, Any]:
@@ -101,18 +102,23 @@ class EngineStats:
             memory: The memory tier.
             flights: Generations under way that others can join.
             side_tasks: Tasks that run beside requests.
+            decisions_lost: Decisions that a store which is down could not be told.
             breakers: Of the parts.
             processes: Memory and processor time of this process and its children.
         """
-        served = self.hits.total() + self.coalesced
+        hits = {f"{kind}/{tier}": count for (tier, kind), count in self.hits.items()}
+        served = {**hits, "coalesced": self.coalesced}
+        asked = max(self.requests, 1)
         return {
             "requests": self.requests,
             "generated": self.generated,
             "coalesced": self.coalesced,
-            "hits": {f"{kind}/{tier}": count for (tier, kind), count in self.hits.items()},
-            "hit_rate": served / self.requests if self.requests else 0.0,
+            "hits": hits,
+            "hit_rate": sum(served.values()) / asked,
+            "hit_rates": {name: count / asked for name, count in served.items()},
             "stages": {stage: took.snapshot() for stage, took in self.stages.items()},
             "decisions": dict(self.decisions),
+            "decisions_lost": decisions_lost,
             "flights": flights,
             "side_tasks": side_tasks,
             "memory": {"entries": len(memory), "bytes": int(memory.size_bytes)},
