@@ -128,19 +128,15 @@ class Upkeep:
                     _log.info("tidied", **asdict(done))
 
     async def _pass(self) -> Tidied:
-        expired = evicted = 0
-        while (gone := await self._answers.purge_expired()) > 0:
-            expired += gone
+        expired, evicted = await self._answers.purge("expired"), 0
         for namespace in await self._answers.crowded(self._limit):
             keep = self._limit - self._limit // _HEADROOM
             evicted += await self._answers.evict(namespace, keep=keep)
-        flights = await self._answers.purge_flights()
+        flights = await self._answers.purge("flights")
         done = Tidied(expired=expired, evicted=evicted, flights=flights)
         if time.monotonic() < self._next_seldom:
             return done
         outlived = 0 if self._retain is None else (await self._retain()).total()
-        analyses = 0
-        while (gone := await self._answers.purge_analyses()) > 0:
-            analyses += gone
+        analyses = await self._answers.purge("analyses")
         self._next_seldom = time.monotonic() + self._seldom_s
         return replace(done, outlived=outlived, analyses=analyses)

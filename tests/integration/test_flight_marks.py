@@ -36,12 +36,12 @@ async def test_a_dead_owners_mark_ends(answer_store: PostgresAnswers, database: 
     assert await answer_store.mark_flight("default", KEY, "dead", 60)
     await change(database, "UPDATE flight_markers SET until = now() - interval '1 second'")
     assert await answer_store.wait_answer("default", KEY, 60) is None
-    assert await answer_store.purge_flights() == 0  # it may be taken over still
+    assert await answer_store.purge("flights") == 0  # it may be taken over still
     assert await answer_store.mark_flight("default", KEY, "next", 60)
     await answer_store.unmark_flight("default", KEY, "dead")
     assert await number(database, "SELECT owner FROM flight_markers") == "next"
     await change(database, "UPDATE flight_markers SET until = now() - interval '1 hour'")
-    assert await answer_store.purge_flights() == 1
+    assert await answer_store.purge("flights") == 1
 
 
 async def test_the_answer_comes_to_those_who_wait(answer_store: PostgresAnswers) -> None:

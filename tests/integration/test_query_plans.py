@@ -78,7 +78,7 @@ PERIODIC: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "depth of the queue": (admission._WAITING, {"bound": 1_000_000}),
     "room in a window": (admission._ROOM, {"model": "m", "namespace": "small", "window": 384}),
     "live jobs": (backlog._LIVE, {}),
-    "expired answers": (eviction._PURGE_EXPIRED, {"limit": 2000}),
+    "expired answers": (eviction._PURGE["expired"], {"limit": 2000}),
     "namespaces": (erasure._NAMESPACES, {}),
     "dead letters": (inventory._LIST, {"namespace": "big", "state": "failed", **_LIST}),
     "newest jobs": (inventory._LIST, {"namespace": "big", "state": None, **_LIST}),
@@ -131,7 +131,7 @@ def test_retention_finds_the_old_by_an_index(url: str, table: str) -> None:
 
 
 def test_what_reads_a_table_is_seen(url: str) -> None:
-    assert reads_all(plan(url, eviction._PURGE_ANALYSES.text, {"limit": 1}))
+    assert reads_all(plan(url, eviction._PURGE["analyses"].text, {"limit": 1}))
 
 
 def test_an_index_whose_making_was_cut_short_is_made_anew(empty_database_url: str) -> None:

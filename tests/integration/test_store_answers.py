@@ -236,11 +236,11 @@ async def test_expired_answers_are_purged_with_what_belongs_to_them(
 ) -> None:
     await answer_store.put(full_answer())
     await answer_store.put(answer())
-    assert await answer_store.purge_expired() == 0
+    assert await answer_store.purge("expired") == 0
     await change(database, "UPDATE answers SET expires_at = now() WHERE scope IS NOT NULL")
     await change(database, "UPDATE nlp_results SET created_at = now() - interval '2 hours'")
-    assert await answer_store.purge_expired() == 1
-    assert await answer_store.purge_analyses() == 1
+    assert await answer_store.purge("expired") == 1
+    assert await answer_store.purge("analyses") == 1
     for table, left in (("answers", 1), ("embeddings", 0), ("nlp_results", 0)):
         assert await number(database, f"SELECT count(*) FROM {table}") == left  # noqa: S608
 

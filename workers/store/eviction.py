@@ -10,8 +10,9 @@ al., IEEE Transactions on Computers 50, 2001), which needs no state and one stat
 from __future__ import annotations
 
 import math
+from typing import Literal
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 
 from workers.store.part import StorePart
 
@@ -24,27 +25,46 @@ _MOST_AT_ONCE = 50_000
 # What an answer takes besides its outputs: its row, vectors and entries of indexes.
 _ROOM_BESIDES = 2_048
 
-_PURGE_EXPIRED = text(
-    """
-    WITH gone AS (
-        SELECT id FROM answers WHERE expires_at <= now() AND tombstoned_at IS NULL
-        LIMIT :limit FOR UPDATE SKIP LOCKED
-    )
-    DELETE FROM answers USING gone WHERE answers.id = gone.id
-    """
-)
+Leftover = Literal["expired", "flights", "analyses"]
 
-_PURGE_ANALYSES = text(
-    """
-    WITH gone AS (
-        SELECT id FROM nlp_results
-        WHERE created_at < now() - interval '1 hour'
-          AND NOT EXISTS (SELECT FROM answers WHERE nlp_result_id = nlp_results.id)
-        LIMIT :limit FOR UPDATE SKIP LOCKED
-    )
-    DELETE FROM nlp_results USING gone WHERE nlp_results.id = gone.id
-    """
-)
+# Some at a time, so that no lock is held for long.
+_PURGE: dict[Leftover, TextClause] = {
+    # Answers past their time.
+    "expired": text(
+        """
+        WITH gone AS (
+            SELECT id FROM answers WHERE expires_at <= now() AND tombstoned_at IS NULL
+            LIMIT :limit FOR UPDATE SKIP LOCKED
+        )
+        DELETE FROM answers USING gone WHERE answers.id = gone.id
+        """
+    ),
+    # Marks of flights whose owners died.
+    "flights": text(
+        """
+        WITH gone AS (
+            SELECT namespace, fingerprint FROM flight_markers
+            WHERE until < now() - interval '1 minute'
+            LIMIT :limit FOR UPDATE SKIP LOCKED
+        )
+        DELETE FROM flight_markers USING gone
+        WHERE flight_markers.namespace = gone.namespace
+          AND flight_markers.fingerprint = gone.fingerprint
+        """
+    ),
+    # Analyses that no answer has any more. It reads all there are of both.
+    "analyses": text(
+        """
+        WITH gone AS (
+            SELECT id FROM nlp_results
+            WHERE created_at < now() - interval '1 hour'
+              AND NOT EXISTS (SELECT FROM answers WHERE nlp_result_id = nlp_results.id)
+            LIMIT :limit FOR UPDATE SKIP LOCKED
+        )
+        DELETE FROM nlp_results USING gone WHERE nlp_results.id = gone.id
+        """
+    ),
+}
 
 _CROWDED = text(
     """
@@ -142,26 +162,12 @@ class Eviction(StorePart):
                 evicted += (await connection.execute(_DELETE, doomed)).rowcount
         return evicted
 
-    async def purge_expired(self, *, limit: int = _AT_A_TIME) -> int:
-        """Remove answers that have expired.
+    async def purge(self, what: Leftover) -> int:
+        """Remove what is over: all there is of one kind.
 
         Args:
-            limit: How many at most; call again for more.
-
-        Returns:
-            How many answers were removed.
-
-        Raises:
-            DatabaseUnavailableError: Postgres cannot be used now.
-        """
-        async with self._database.connection() as connection:
-            return (await connection.execute(_PURGE_EXPIRED, {"limit": limit})).rowcount
-
-    async def purge_analyses(self, *, limit: int = _AT_A_TIME) -> int:
-        """Remove analyses that no answer has any more. It reads all there are of both.
-
-        Args:
-            limit: How many at most; call again for more.
+            what: ``expired`` answers, marks of ``flights`` whose owners died, or ``analyses`` that
+                no answer has any more.
 
         Returns:
             How many were removed.
@@ -169,5 +175,8 @@ class Eviction(StorePart):
         Raises:
             DatabaseUnavailableError: Postgres cannot be used now.
         """
+        purged = 0
         async with self._database.connection() as connection:
-            return (await connection.execute(_PURGE_ANALYSES, {"limit": limit})).rowcount
+            while gone := (await connection.execute(_PURGE[what], {"limit": _AT_A_TIME})).rowcount:
+                purged += gone
+        return purged

@@ -67,19 +67,6 @@ _LOOK = text(
     """
 )
 
-_PURGE = text(
-    """
-    WITH gone AS (
-        SELECT namespace, fingerprint FROM flight_markers
-        WHERE until < now() - interval '1 minute'
-        LIMIT :limit FOR UPDATE SKIP LOCKED
-    )
-    DELETE FROM flight_markers USING gone
-    WHERE flight_markers.namespace = gone.namespace
-      AND flight_markers.fingerprint = gone.fingerprint
-    """
-)
-
 _FIRST_LOOK_S = 0.02
 _MOST_BETWEEN_S = 0.5
 
@@ -127,21 +114,6 @@ class FlightMarks(StorePart):
             DatabaseUnavailableError: Postgres cannot be used now.
         """
         await self._unmarks.get((namespace, fingerprint, owner))
-
-    async def purge_flights(self, *, limit: int = 2_000) -> int:
-        """Remove marks whose owners died.
-
-        Args:
-            limit: How many at most.
-
-        Returns:
-            How many were removed.
-
-        Raises:
-            DatabaseUnavailableError: Postgres cannot be used now.
-        """
-        async with self._database.connection() as connection:
-            return (await connection.execute(_PURGE, {"limit": limit})).rowcount
 
     async def _mark(self, marks: Sequence[_Mark]) -> dict[_Mark, bool]:
         # A statement can touch a row once: of several owners that ask at once the first gets it.
