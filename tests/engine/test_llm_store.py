@@ -419,6 +419,27 @@ async def test_each_is_compared_by_its_own_text(everything: Equipped) -> None:
     assert [out.metadata["provenance"] for out in outputs] == ["semantic", "generated"]
 
 
+async def test_of_a_rendered_chat_the_last_turn_is_compared(everything: Equipped) -> None:
+    """A library user's own way to chat: by the model's template, with nothing named in a scope."""
+    tokenizer = everything.get_tokenizer()
+
+    def chat(system: str, user: str) -> str:
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text
+
+    stored = await final_of(everything, chat("You are a baker.", ASKED), full(48))
+    assert stored.metadata["nlp_result"]["sentences"] == [ASKED]
+    await settled(everything)
+    same, _ = await meant(everything, chat("You are a baker.", MEANT))
+    assert (same.metadata["provenance"], same.text) == ("semantic", stored.text)
+    for prompt in (chat("You are a good baker.", MEANT), MEANT):
+        other, scope = await meant(everything, prompt)
+        assert other.metadata["provenance"] == "generated"
+        assert scope.report.decisions == []
+
+
 class LateReuser:
     """Finds an answer only when it is let."""
 

@@ -129,6 +129,7 @@ RELIED_ON: dict[Any, set[str]] = {
         "model_config",
         "renderer",
         "shutdown",
+        "tokenizer",
         "vllm_config",
     },
     RequestOutputCollector: {

@@ -36,6 +36,7 @@ class Renderer:
 def planner(*, cache_gb: float = 4, prefix_caching: bool = True) -> Planner:
     llm: Any = SimpleNamespace(
         renderer=Renderer(),
+        tokenizer=None,
         model_config=SimpleNamespace(
             is_encoder_decoder=False,
             multimodal_config=SimpleNamespace(mm_processor_cache_gb=cache_gb),

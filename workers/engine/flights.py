@@ -180,7 +180,7 @@ class Flights:
             planned: The request.
             scope: Its scope.
         """
-        text = scope.text or planned.text
+        text = planned.asked
         if not text or not self._enrichers.active:
             return None
         return EnrichmentRun(self._enrichers, text, namespace=scope.namespace, tasks=self._tasks)
@@ -224,7 +224,7 @@ class Flights:
             engine=self.engine,
             model=self._model,
             scope=planned.scope_digest,
-            prompt=scope.text or planned.text,
+            prompt=planned.asked,
             prompt_tokens=len(planned.prompt_token_ids),
             engine_s=engine_s,
             tags=scope.tags,

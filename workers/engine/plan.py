@@ -25,6 +25,7 @@ from workers.engine.fingerprint import (
     prompt_parts,
     scope_digest,
 )
+from workers.engine.last_turn import LastTurn
 from workers.engine.scope import RequestScope
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class RequestPlan:
 
     call: dict[str, Any]  # arguments for AsyncLLM.add_request
     text: str | None = None  # the prompt's text, if it has one
+    named: str | None = None  # what it asks, as its scope says
+    turns: LastTurn | None = None  # finds what it asks where its scope does not say
     prompt_token_ids: tuple[int, ...] = ()
     key: bytes | None = None  # fingerprint; None when the request may not be reused
     not_reusable: str | None = None  # why there is no key
@@ -69,15 +72,29 @@ class RequestPlan:
         """Whether the caller reads the answer while it grows."""
         return self.params.output_kind != RequestOutputKind.FINAL_ONLY
 
+    @property
+    def asked(self) -> str | None:
+        """What it asks: the text that is analysed, and compared with others."""
+        if self.named is not None:
+            return self.named
+        return self._last_turn[0] if self._last_turn is not None else self.text
+
+    @cached_property
+    def _last_turn(self) -> tuple[str, str] | None:
+        return None if self.turns is None or self.text is None else self.turns.of(self.text)
+
     @cached_property
     def scope_digest(self) -> bytes:
         """What must be equal, beside the namespace, for reuse by meaning."""
+        besides = self.besides
+        if self.named is None and self._last_turn is not None:
+            besides = {**besides, "around": self._last_turn[1]}
         return scope_digest(
             engine=self.engine,
             context=self.context,
             params=self.params_digest,
             lora=self.lora,
-            besides=self.besides,
+            besides=besides,
         )
 
     @property
@@ -180,7 +197,12 @@ class Planner:
             call = {**call, "prompt": rendered}
             # Tokenized already: vLLM would warn of arguments it cannot use any more.
             tokenization = call.pop("tokenization_kwargs", None)
-        text = call.get("prompt_text") or rendered.get("prompt")
+        known: dict[str, Any] = {
+            "text": call.get("prompt_text") or rendered.get("prompt"),
+            "named": None if scope is None else scope.text,
+            "turns": self._turns,
+            "prompt_token_ids": ids,
+        }
         reason = (
             "no request scope" if scope is None else why_not_reusable(params, scope, self._features)
         )
@@ -194,7 +216,7 @@ class Planner:
         if adapter is not None and not self._is_loaded(adapter, lora or ""):
             reason = reason or "the adapter's files have changed since vLLM loaded them"
         if reason is not None or parts is None or scope is None:
-            return RequestPlan(call=call, text=text, prompt_token_ids=ids, not_reusable=reason)
+            return RequestPlan(call=call, not_reusable=reason, **known)
         digest = self._digest(params)
         extra = {
             name: call[name]
@@ -202,9 +224,8 @@ class Planner:
             if call.get(name) is not None
         }
         return RequestPlan(
+            **known,
             call=call,
-            text=text,
-            prompt_token_ids=ids,
             key=fingerprint(
                 namespace=scope.namespace,
                 engine=self.engine,
@@ -223,6 +244,10 @@ class Planner:
                 **extra,
             },
         )
+
+    @cached_property
+    def _turns(self) -> LastTurn:
+        return LastTurn(self._llm.tokenizer)
 
     async def _render(
         self, prompt: Any, kwargs: Mapping[str, Any] | None

@@ -140,7 +140,7 @@ class Races:
     ) -> tuple[StoredAnswer | None, Sequence[Considered]] | None:
         """Return the answer and all neighbours looked at, or None when there was no looking."""
         await flight.notes.under_way.wait()
-        run, text = flight.notes.enrichment, delivery.scope.text or planned.text
+        run, text = flight.notes.enrichment, planned.asked
         if run is None or not text:
             return None
         started = time.perf_counter()

@@ -62,7 +62,9 @@ class RequestScope:
 
     namespace: str = DEFAULT_NAMESPACE  # tenant; nothing stored crosses it
     reuse: Reuse | None = None  # None, here and below, is as configured for the namespace
-    text: str | None = None  # what is analysed and compared; None is the prompt's own text
+    #: What is analysed and compared. None is the prompt's own text; of a rendered chat its last
+    #: turn, and what stands around that must be equal.
+    text: str | None = None
     context: bytes = b""  # digest of what must be equal for reuse by meaning (earlier turns, …)
     threshold: float | None = None  # cosine for reuse by meaning
     ttl_s: float | None = None  # seconds the answer stays reusable
