@@ -18,11 +18,12 @@ from workers.bundled import bundled_model
 from workers.engine import EnhancedAsyncLLM, HandlerConfig, Parts
 from workers.engine.config import Features
 from workers.engine.identity import engine_digest
+from workers.engine.parts import default_parts
+from workers.enrich.embedder import MiniLmEmbedder
 from workers.enrich.nlp import SpacyAnalyser
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
-PROGRAM = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 async def test_the_example_as_written(equip: Equip, analyser: SpacyAnalyser) -> None:
@@ -53,39 +54,52 @@ async def test_the_example_as_written(equip: Equip, analyser: SpacyAnalyser) -> 
     assert took[1] < took[0]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
-async def test_programs_of_the_pages(
-    page: str,
+def programs(page: str) -> list[str]:
+    """Return what a page shows of the engine as a library, as written."""
+    text = (ROOT / page).read_text()
+    shown = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [program for program in shown if "EnhancedAsyncLLM(" in program]
+
+
+async def test_the_programs_of_the_pages_do_what_they_say(
     equip: Equip,
     analyser: SpacyAnalyser,
+    embedder: MiniLmEmbedder,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    database_url: str,
 ) -> None:
-    """As they are printed; the engine that they make is the one that runs already."""
-    (program,) = [
-        text
-        for text in re.findall(
-            r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
-        )
-        if "EnhancedAsyncLLM(" in text
-    ]
-    made = []
+    """As their reader would run them, but over the engine that is up."""
 
-    def make(*, model: str, handler_config: HandlerConfig) -> EnhancedAsyncLLM:
-        made.append(model)
-        return equip(handler_config, analyser=analyser)
+    def make(*, model: str, handler_config: HandlerConfig, parts: Any = None) -> Any:
+        assert model == str(bundled_model())
+        own = parts or default_parts(handler_config)
+        # Each was made as the page says, and stands aside for one that is up already.
+        assert isinstance(own.analyser, SpacyAnalyser)
+        running: dict[str, Any] = {"analyser": analyser, "store": own.store}
+        if own.embedder is not None:
+            running["embedder"] = embedder
+        return equip(handler_config.model_copy(update={"enrichment_wait_s": 60}), **running)
 
-    monkeypatch.setattr(workers.engine, "EnhancedAsyncLLM", make)
-    names: dict[str, Any] = {"__name__": "a page"}
-    exec(compile(program, page, "exec"), names)  # noqa: S102  what the page says
-    await names["main"]()
-    said = capsys.readouterr().out
-    assert len(made) == 1
-    if page == "README.md":
-        first, again = re.findall(r" (True|False)$", said, re.MULTILINE)
-        assert (first, again) == ("False", "True")
-    else:
-        assert said.strip().endswith("generated") or said.strip().endswith("exact")
+    monkeypatch.setattr(workers.engine, "EnhancedAsyncLLM", make, raising=False)
+    said = []
+    for program, given in (
+        *((program, ()) for program in programs("README.md")),
+        *zip(programs("docs/engine.md"), ((), (database_url,)), strict=True),
+    ):
+        shown: dict[str, Any] = {"__name__": "page"}
+        exec(compile(program, "page", "exec"), shown)  # noqa: S102  our own pages
+        await shown["main"](*given)
+        said.append(capsys.readouterr().out)
+    readme, alone, with_postgres = said
+    assert "What is AI?" in readme
+    assert " False\n" in readme
+    assert " True\n" in readme
+    first, again = re.findall(r"^(?:generated|exact) (.+)$", alone, re.MULTILINE)
+    assert alone.startswith("generated ")
+    assert "\nexact " in alone
+    assert first == again
+    assert with_postgres.startswith("generated [] ")
 
 
 async def test_generate_enhanced_still_works(plain: EnhancedAsyncLLM) -> None:

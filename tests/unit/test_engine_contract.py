@@ -66,6 +66,7 @@ def test_public_names() -> None:
         "HandlerConfig",
         "Parts",
         "RequestScope",
+        "Reuse",
     ]
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from schema.jobs import Reuse
     from workers.engine.collector import EnhancedRequestOutputCollector
     from workers.engine.config import HandlerConfig
     from workers.engine.llm import EnhancedAsyncLLM
@@ -24,6 +25,7 @@ __all__ = [
     "HandlerConfig",
     "Parts",
     "RequestScope",
+    "Reuse",
 ]
 
 _HOMES = {
@@ -33,6 +35,7 @@ _HOMES = {
     "HandlerConfig": "workers.engine.config",
     "Parts": "workers.engine.parts",
     "RequestScope": "workers.engine.scope",
+    "Reuse": "schema.jobs",
 }
 
 
