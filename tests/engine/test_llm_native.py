@@ -316,3 +316,48 @@ async def test_leaving_the_iterator_aborts(plain: Equipped) -> None:
     await anext(generated)
     await generated.aclose()
     await idle(plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_of_many_at_once_some_leave_and_the_others_get_all(
+    plain: Equipped, kind: RequestOutputKind
+) -> None:
+    """As vLLM tests its own engine: load, aborts half-way, and nothing left behind."""
+    params = greedy(16, ignore_eos=True, output_kind=kind)
+
+    async def read(number: int) -> int | None:
+        outputs = []
+        reading = plain.generate(f"Number {number} says", params, f"r{number}")
+        async for output in reading:
+            outputs.append(output)
+            if number % 7 == 0 and not output.finished:
+                await reading.aclose()
+                return None
+        assert outputs[-1].finished
+        assert [output.finished for output in outputs].count(True) == 1
+        return len(joined(outputs, kind)[0][1])
+
+    counted = await asyncio.gather(*(read(number) for number in range(40)))
+    stayed = [count for number, count in enumerate(counted) if number % 7]
+    assert stayed == [16] * len(stayed)
+    await idle(plain)
+    assert plain.stats()["flights"] == 0
+    await plain.check_health()
+    assert (await final_of(plain, "Number 1 says", params)).metadata["cached"]
+
+
+async def test_an_engine_that_is_paused_ends_what_it_shared_and_goes_on(plain: Equipped) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=1000, ignore_eos=True)
+    collectors = [await plain.add_request(f"r{i}", "Until the pause", params) for i in range(2)]
+    await collectors[0].get()
+    await plain.pause_generation(mode="abort")
+    assert await plain.is_paused()
+    for collector in collectors:
+        while not (output := await collector.get()).finished:
+            pass
+        assert output.outputs[0].finish_reason == "abort"
+        assert "abort" in output.metadata["not_reusable"]
+    assert len(plain.memory) == 0
+    waiting = asyncio.create_task(final_of(plain, "After the pause", greedy(3)))
+    await plain.resume_generation()
+    assert (await waiting).text

@@ -26,7 +26,7 @@ from workers.engine.fingerprint import (
     prompt_parts,
     scope_digest,
 )
-from workers.engine.protocols import Decision
+from workers.engine.protocols import Decision, PartVector
 from workers.engine.scope import RequestScope, current_scope
 from workers.engine.side_tasks import SideTasks
 
@@ -56,6 +56,23 @@ def test_the_memory_tier_is_bounded_by_bytes() -> None:
     memory.put(answer(b"huge", text="x" * 200_000))
     assert memory.get("n", b"huge") is None
     assert cache(entries=0).get("n", b"f") is None
+
+
+@pytest.mark.parametrize(
+    "large",
+    [
+        {"pooled": [[0.5] * 128] * 64},
+        {"prompt_logprobs": (None, *((((1, -0.5, 1, "a"),) * 20),) * 50)},
+        {"enrichments": {"translate": {"texts": ["x" * 50_000, ["y" * 50_000]]}}},
+        {"vectors": (PartVector(part=0, vector=np.ones(30_000, np.float32), embedder="e"),)},
+    ],
+)
+def test_all_that_an_answer_holds_counts(large: dict[str, Any]) -> None:
+    memory = cache(max_bytes=1_000_000)
+    memory.put(answer())
+    small = memory.size_bytes
+    memory.put(answer(b"large", **large))
+    assert memory.size_bytes > small + 100_000
 
 
 def test_an_expired_answer_is_not_given() -> None:

@@ -159,6 +159,17 @@ async def test_what_comes_late_is_stored_only_with_an_answer_that_is_accepted(
     assert len(airport.store.answers) == accepted
 
 
+async def test_an_answer_carries_the_tags_of_all_it_was_made_for() -> None:
+    airport = Airport()
+    airport.store.free.set()
+    for number, tags in enumerate((("b", "a"), (), ("c", "a"))):
+        flight = airport.board(f"r{number}", None, RequestScope(tags=tags))
+    airport.native.collector.put(output(piece("a", [1], end="stop"), finished=True))
+    await flight.ended()
+    assert flight.notes.answer.tags == ("b", "a", "c")
+    assert airport.memory.forget(tag="c") == 1
+
+
 @pytest.mark.parametrize("withdrawn", ["a", "b"])
 async def test_what_is_withdrawn_before_it_is_stored_is_not_stored(withdrawn: str) -> None:
     airport = Airport()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from uuid import UUID
 
 from cachetools import TTLCache
@@ -15,15 +16,34 @@ _ENTRY_OVERHEAD_BYTES = 2_000
 
 def _bytes_of(answer: StoredAnswer) -> int:
     """Estimate what an answer takes in memory; a little too much rather than too little."""
-    size = _ENTRY_OVERHEAD_BYTES + len(answer.prompt or "")
+    size = (
+        _ENTRY_OVERHEAD_BYTES
+        + len(answer.prompt or "")
+        + _bytes_of_probabilities(answer.prompt_logprobs)
+    )
     for completion in answer.completions:
         size += len(completion.text) + 36 * len(completion.token_ids)
-        size += 120 * sum(len(position) for position in completion.logprobs or () if position)
+        size += _bytes_of_probabilities(completion.logprobs)
     if answer.analysis is not None:
         size += 400 * len(answer.analysis.tokens) + len(answer.analysis.text)
-    if isinstance(answer.pooled, list):
-        size += 32 * len(answer.pooled)
-    return size
+    size += sum(300 + len(near.prompt) for near in answer.similar or ())
+    size += sum(300 + part.vector.nbytes for part in answer.vectors)
+    return size + _bytes_of_json(answer.pooled) + _bytes_of_json(answer.enrichments)
+
+
+def _bytes_of_probabilities(positions: Sequence[Any] | None) -> int:
+    return 120 * sum(len(position) for position in positions or () if position)
+
+
+def _bytes_of_json(value: Any) -> int:
+    """Estimate what JSON types take in memory: vectors of each token of a text, for example."""
+    if isinstance(value, Mapping):
+        return 100 * len(value) + sum(map(_bytes_of_json, value.values()))
+    if isinstance(value, (list, tuple)):
+        if value and isinstance(value[0], float):  # a vector, and long
+            return 64 + 32 * len(value)
+        return 64 + sum(map(_bytes_of_json, value))
+    return 32 + (len(value) if isinstance(value, str) else 0)
 
 
 class MemoryCache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 from uuid import uuid4
 
@@ -97,6 +97,7 @@ class Flights:
         delivery.flight = flight
         flight.notes.engine_stores |= not scope.deferred
         flight.notes.analyse_answer |= scope.analyse_answer
+        flight.notes.tags.update(dict.fromkeys(scope.tags))
         reader = flight.join(delivery.request_id, planned.params.output_kind)
         reader.flight = flight
         return reader
@@ -199,7 +200,9 @@ class Flights:
             notes.not_storable = "not stored: the weights changed while it was generated"
             return
         try:
-            answer = with_outputs(self._unanswered(planned, scope, engine_s), flight.stream)
+            answer = with_outputs(
+                self._unanswered(planned, scope, notes.tags, engine_s), flight.stream
+            )
         except NotStorableError as exc:
             notes.not_storable = f"not stored: {exc}"
             return
@@ -214,7 +217,7 @@ class Flights:
         self._writes.spawn(self._keep(notes, planned, scope), name="promptmill-keep")
 
     def _unanswered(
-        self, planned: RequestPlan, scope: RequestScope, engine_s: float
+        self, planned: RequestPlan, scope: RequestScope, tags: Iterable[str], engine_s: float
     ) -> StoredAnswer:
         ttl_s, now = scope.ttl_s, time.time()
         return StoredAnswer(
@@ -227,7 +230,7 @@ class Flights:
             prompt=planned.asked,
             prompt_tokens=len(planned.prompt_token_ids),
             engine_s=engine_s,
-            tags=scope.tags,
+            tags=tuple(tags),
             created_at=now,
             expires_at=now + ttl_s if ttl_s else None,
         )

@@ -37,6 +37,7 @@ class FlightNotes:
     answer: StoredAnswer | None = None  # what was generated, once it is whole
     forgettings: int = 0  # of the memory tier, when it was given that answer
     not_storable: str | None = None  # why there is no answer to keep
+    tags: dict[str, None] = field(default_factory=dict)  # of all its readers, in their order
     analyse_answer: bool = False  # one of its readers wants the answer analysed
     engine_stores: bool = False  # one of its readers leaves storing to the engine
     marked: bool = False  # other workers are told that this one generates
