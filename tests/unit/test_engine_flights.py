@@ -50,18 +50,19 @@ class Airport:
             SideTasks(),
         )
         self.tasks, self.memory = tasks, memory
+        self.durable = DurableTier(
+            store=self.store,
+            wait_s=0,
+            memory=memory,
+            breaker=Breaker("store"),
+            stats=stats,
+            tasks=tasks,
+        )
         self.flights = Flights(
             config=CONFIG,
             enrichers=Enrichers(CONFIG),
             memory=memory,
-            durable=DurableTier(
-                store=self.store,
-                wait_s=0,
-                memory=memory,
-                breaker=Breaker("store"),
-                stats=stats,
-                tasks=tasks,
-            ),
+            durable=self.durable,
             stats=stats,
             tasks=tasks,
             writes=tasks,
@@ -140,10 +141,14 @@ async def test_enrichment_begins_when_vllm_has_the_request(
 
 @pytest.mark.parametrize("accepted", [True, False])
 async def test_what_comes_late_is_stored_only_with_an_answer_that_is_accepted(
-    accepted: bool,
+    accepted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     airport = Airport()
     airport.store.free.set()
+    unmarked: list[bytes | None] = []
+    monkeypatch.setattr(
+        airport.durable, "unmark", lambda _, planned, __: unmarked.append(planned.key)
+    )
     verdict: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
     flight = airport.board("r", None, RequestScope(deferred=True, verdict=verdict))
     flight.notes.late = True
@@ -157,6 +162,7 @@ async def test_what_comes_late_is_stored_only_with_an_answer_that_is_accepted(
         while len(airport.tasks):
             await asyncio.sleep(0)
     assert len(airport.store.answers) == accepted
+    assert unmarked == [b"k"]  # other workers may go on either way
 
 
 async def test_an_answer_carries_the_tags_of_all_it_was_made_for() -> None:

@@ -240,7 +240,9 @@ class Flights:
         if notes.enrichment is not None:
             await notes.enrichment.wait()
             self._memory.complete(_complete(notes))
-        if notes.engine_stores or (notes.late and await scope.accepted()):
+        if not (notes.engine_stores or await scope.accepted()):
+            self._durable.unmark(notes, planned, scope)  # nobody waits for what will not come
+        elif notes.engine_stores or notes.late:
             await self._durable.keep(notes, planned, scope)
 
 
