@@ -1,6 +1,6 @@
-"""Prints docs/img/top.svg: ``promptmill top`` over a worker with the real model and work to do.
+"""Prints docs/img/top.svg: ``promptmill top`` over two workers with the real model and work to do.
 
-``python tools/top_picture.py > docs/img/top.svg``; it takes a minute or two, on a stack of its own.
+``python tools/top_picture.py > docs/img/top.svg``; it takes some minutes, on a stack of its own.
 The host's name is replaced, for it is nobody's business.
 """
 
@@ -14,12 +14,14 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from schema.errors import PromptmillError
 from workers import AsyncJobClient
+from workers.cli.top import summary
 from workers.cli.top_view import TopView
-from workers.devices import Device, Fleet
+from workers.devices import Fleet
+from workers.pinning import share_cpu
 from workers.settings import load_settings
 
 if TYPE_CHECKING:
@@ -28,12 +30,14 @@ if TYPE_CHECKING:
 _SIZE = (132, 24)
 _READY_S = 900.0
 _LOOK_S = 2.0
-_MOST_S = 180.0
+_MOST_S = 240.0
+_SHARES = (0.15, 0.75)  # of answers that are reused, in a picture that tells something
 _FONT = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 _SAID = """\
     <title>promptmill top</title>
-    <desc>A worker with its jobs, rates and memory, the queue of its model, and the jobs that run \
-longest or failed, each of which can be looked into, cancelled or run once more.</desc>
+    <desc>Two workers with their devices, jobs, rates, shares of reused answers and memory, the \
+queue of their model, and the jobs that run longest or failed, each of which can be looked into, \
+cancelled or run once more.</desc>
 """
 _THINGS = ("the lighthouse", "sourdough bread", "a glacier", "the violin", "soap", "the compass")
 
@@ -49,26 +53,36 @@ class _Watched(TopView):
 
     @property
     def is_telling(self) -> bool:
-        """Whether there is a rate, a queue and a job that failed to be seen."""
+        """Whether there are rates, a queue, reused answers and jobs that failed to be seen."""
         seen = self.seen
         return (
             seen is not None
-            and any((w.jobs_per_s or 0) > 1 and (w.tokens_per_s or 0) > 1 for w in seen.workers)
-            and any(queue.queued and queue.running for queue in seen.queues)
-            and bool(seen.failed)
+            and all(w.jobs_per_s and w.tokens_per_s and w.running for w in seen.workers)
+            and _SHARES[0] <= (seen.reused or 0) <= _SHARES[1]
+            and any(queue.queued for queue in seen.queues)
+            and len(seen.failed) == len(_FAILING)
         )
 
 
+#: Jobs that cannot be answered, each for a reason of its own.
+_FAILING: tuple[dict[str, Any], ...] = (
+    {"prompt": "word " * 9000},
+    {"prompt": "Go on for ever:", "sampling": {"max_tokens": 100_000}},
+    {"prompt": "What else could it be?", "sampling": {"max_tokens": 8, "logprobs": 500}},
+)
+
+
 async def _work(client: AsyncJobClient) -> None:
-    """Keep a worker busy: jobs of which some repeat others, and one that cannot be answered."""
-    await client.submit("word " * 9000)
+    """Keep the workers busy: jobs of which half repeat others, and some that must fail."""
+    for job in _FAILING:
+        await client.submit(**job)
     for number in itertools.count():
         asked = [
             {
                 "messages": [{"role": "user", "content": f"What is {thing} known for? ({part})"}],
-                "sampling": {"max_tokens": 48},
+                "sampling": {"max_tokens": 24 * (1 + part % 5)},
             }
-            for part in range(number // 2, number // 2 + 16)
+            for part in range(8 * number, 8 * number + 16)  # half of them were in the round before
             for thing in _THINGS
         ]
         jobs = await client.submit_many(asked)
@@ -83,6 +97,8 @@ async def _picture(client: AsyncJobClient) -> str:
         async with view.run_test(size=_SIZE) as pilot, asyncio.timeout(_MOST_S):
             while not view.is_telling:
                 await pilot.pause(_LOOK_S / 4)
+                if view.seen is not None:
+                    print(summary(view.seen), len(view.seen.failed), file=sys.stderr)
                 if working.done():
                     working.result()
             return view.export_screenshot(title="promptmill top")
@@ -92,10 +108,11 @@ async def _picture(client: AsyncJobClient) -> str:
 
 
 async def _main(folder: Path) -> str:
-    settings = load_settings(data_dir=folder / "data", max_running=32)
+    settings = load_settings(data_dir=folder / "data", max_running=16)
     async with AsyncJobClient(settings) as client:
         await client.connection()
-        fleet = Fleet(settings, [Device()], on_event=lambda text: print(text, file=sys.stderr))
+        devices = share_cpu([1, 1])
+        fleet = Fleet(settings, devices, on_event=lambda text: print(text, file=sys.stderr))
         fleet.start()
         try:
             await asyncio.to_thread(fleet.wait_ready, _READY_S)
@@ -111,7 +128,7 @@ def _finished(drawn: str) -> str:
     if not line:
         raise RuntimeError("the picture begins otherwise than it did")
     whole = head.rstrip(" ") + _SAID + _FONT.sub("", rest)
-    return whole.replace(f"@{socket.gethostname()}:", "@host:")
+    return re.sub(rf"\b{re.escape(socket.gethostname())}:(?=\d)", "node7:", whole)
 
 
 if __name__ == "__main__":

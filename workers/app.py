@@ -13,7 +13,7 @@ from kombu import Exchange, Queue
 from schema import names
 from schema.errors import PromptmillError
 from workers import logs, tasks
-from workers.pinning import device_here
+from workers.pinning import device_here, worker_name
 from workers.pool import lifespan
 from workers.transport import broker_settings, limit_intake
 
@@ -130,7 +130,8 @@ def run_worker(
         from celery.signals import worker_ready
 
         worker_ready.connect(lambda **_: on_ready(), weak=False)
-    logs.configure(level=settings.log_level, form=settings.log_format)
+    name = worker_name(model.name)
+    logs.configure(level=settings.log_level, form=settings.log_format, worker=name)
     words = ["worker", "--without-gossip", "--without-mingle"]
     words += ["--loglevel", settings.log_level, "--hostname", _hostname(model.name)]
     try:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,7 @@ class Fleet:
         on_line: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self.settings = settings
+        as_json = settings.log_format == "json"  # its lines name their worker themselves
         self._stop_by = float("inf")  # by the clock of `time.monotonic`
         self.workers = []
         for each in posts:
@@ -91,9 +93,9 @@ class Fleet:
                         **_settings_environment(post.settings(settings)),
                     },
                     on_event=on_event,
-                    on_line=on_line,
+                    on_line=on_line if len(posts) == 1 or as_json else partial(_of, post, on_line),
                     # Whoever asks for JSON collects lines, and does not read along.
-                    from_start=settings.log_format == "json",
+                    from_start=as_json,
                 )
             )
 
@@ -144,6 +146,10 @@ class Fleet:
         self._stop_by = min(self._stop_by, time.monotonic() + STOP_GRACE_S)
         for worker in self.workers:
             worker.stop(signal.SIGQUIT)
+
+
+def _of(post: Post, on_line: Callable[[str], None], line: str) -> None:
+    on_line(f"{post.device.name}: {line}")
 
 
 def _post(device: Device, engine_args: Sequence[str]) -> Post:

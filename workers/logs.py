@@ -40,14 +40,17 @@ _AGAIN_S = 60.0
 _REMEMBERED = 256
 
 
-def configure(*, level: str, form: Literal["console", "json"]) -> None:
+def configure(*, level: str, form: Literal["console", "json"], worker: str | None = None) -> None:
     """Decide how every log line of this process looks.
 
     Args:
         level: Least severe line: DEBUG, INFO, WARNING or ERROR.
         form: ``json`` is an object a line, for machines; ``console`` is for people.
+        worker: Name that lines of JSON bear, for those of several may come together.
     """
     chain = _chain()
+    if worker is not None and form == "json":
+        chain.append(lambda _logger, _method, event: {**event, "worker": worker})
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -61,7 +64,7 @@ def configure(*, level: str, form: Literal["console", "json"]) -> None:
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_formatter(form))
+    handler.setFormatter(_formatter(form, chain))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -74,7 +77,7 @@ def json_formatter() -> logging.Formatter:
 
     Those processes are vLLM's own, and know nothing of `configure`.
     """
-    return _formatter("json")
+    return _formatter("json", _chain())
 
 
 class OnceAMinute:
@@ -142,9 +145,9 @@ def _chain() -> list[Processor]:
     ]
 
 
-def _formatter(form: str) -> structlog.stdlib.ProcessorFormatter:
+def _formatter(form: str, chain: list[Processor]) -> structlog.stdlib.ProcessorFormatter:
     return structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=_chain(),
+        foreign_pre_chain=chain,
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             _renderer(form),

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,24 @@ def _fleet_of(child: str, monkeypatch: pytest.MonkeyPatch, events: list[str]) ->
     fleet = Fleet(Settings(), [Device()], on_event=events.append)
     fleet.workers[0].command = [sys.executable, "-c", child]
     return fleet
+
+
+def test_lines_of_several_workers_say_whose_they_are(tmp_path: Path):
+    lines: list[str] = []
+    fleet = Fleet(Settings(), [Device(gpus=("0",)), Device(gpus=("1",))], on_line=lines.append)
+    script = _CHILD.replace("sys.stdin", "print('hello', flush=True); sys.stdin")
+    for number, worker in enumerate(fleet.workers):
+        worker.command = [sys.executable, "-c", script, str(tmp_path / f"{number}.json")]
+    fleet.start()
+    try:
+        fleet.wait_ready(60)
+        end = time.monotonic() + 60
+        while len(lines) < 2 and time.monotonic() < end:
+            time.sleep(0.02)
+    finally:
+        fleet.stop_now()
+        fleet.stop()
+    assert sorted(lines)[:2] == ["gpu0: hello", "gpu1: hello"]
 
 
 def test_a_worker_that_cannot_start_is_given_up_with_its_last_words(

@@ -39,6 +39,18 @@ def test_celery_says_nothing_of_messages_that_go_well_unless_asked() -> None:
     assert trace.isEnabledFor(logging.DEBUG)
 
 
+@pytest.mark.usefixtures("_kept")
+def test_lines_of_json_name_their_worker(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(level="INFO", form="json", worker="m@host:gpu0:1")
+    structlog.get_logger("workers.x").info("ours")
+    logging.getLogger("celery.y").info("theirs")
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["event"], line["worker"]) for line in said] == [
+        ("ours", "m@host:gpu0:1"),
+        ("theirs", "m@host:gpu0:1"),
+    ]
+
+
 @pytest.fixture
 def _vllms_logger() -> Iterator[None]:
     """It looks the same afterwards."""
