@@ -42,6 +42,10 @@ async def adapted(plain: EnhancedAsyncLLM, tmp_path: Path) -> None:
     again = await final_of(plain, prompt, params, lora_request=one)
     assert (again.metadata["cached"], again.text) == (True, first.text)
     assert again.lora_request is one
+    assert plain.forget(model="one") == 1
+    assert (await final_of(plain, prompt, params)).metadata["cached"]
+    first = await final_of(plain, prompt, params, lora_request=one)
+    assert not first.metadata["cached"]
     # Known by its weights, not by its name or number.
     copied = LoRARequest("copy", 3, str(adapter(tmp_path / "copy", seed=1)))
     assert (await final_of(plain, prompt, params, lora_request=copied)).metadata["cached"]

@@ -220,12 +220,14 @@ class Flights:
         self, planned: RequestPlan, scope: RequestScope, tags: Iterable[str], engine_s: float
     ) -> StoredAnswer:
         ttl_s, now = scope.ttl_s, time.time()
+        adapter = planned.call.get("lora_request")
         return StoredAnswer(
             id=uuid4(),
             namespace=scope.namespace,
             fingerprint=planned.key or b"",
             engine=self.engine,
-            model=self._model,
+            # As jobs ask for it, so that its answers are forgotten by that name.
+            model=self._model if adapter is None else adapter.lora_name,
             scope=planned.scope_digest,
             prompt=planned.asked,
             prompt_tokens=len(planned.prompt_token_ids),
