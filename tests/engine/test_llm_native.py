@@ -203,8 +203,12 @@ async def test_what_is_not_reused_says_why(
         assert not output.metadata["cached"]
         assert output.metadata["provenance"] == "generated"
         assert output.metadata["not_reusable"] == why
+        assert output.metadata["processing_time"]["generate"] > 0
         assert output.text
     assert len(plain.memory) == 0
+    stats = plain.stats()
+    assert (stats["requests"], stats["generated"], stats["hit_rate"]) == (2, 2, 0)
+    assert stats["stages"]["generate"]["times"] == 2
 
 
 @pytest.mark.parametrize("reuse", [Reuse.EXACT, Reuse.OFF])

@@ -136,6 +136,13 @@ class RequestDelivery:
         return data
 
     @property
+    def passed_through(self) -> float | None:
+        """Seconds that vLLM took to answer this request alone; None for one that is shared."""
+        if self.flight is not None or self.reused is not None or self._arrived_at is None:
+            return None
+        return self._arrived_at - self.started
+
+    @property
     def provenance(self) -> Provenance:
         """How the answer came about."""
         if (reused := self.source_of_reuse) is not None:

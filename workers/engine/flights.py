@@ -109,6 +109,10 @@ class Flights:
             delivery: Of the final output.
         """
         self._stats.took({"total": time.perf_counter() - delivery.started})
+        if (engine_s := delivery.passed_through) is not None:
+            delivery.seconds["generate"] = engine_s
+            self._stats.generated += 1
+            self._stats.took({"generate": engine_s})
         notes = delivery.flight.notes if delivery.flight is not None else None
         if notes is None or notes.answer is None:
             return
