@@ -17,8 +17,9 @@ class EnhancedRequestOutput(RequestOutput):
             ``answer_id``, ``tier`` (``memory`` or ``store``), ``nlp_result``, ``similar``
             (neighbours with scores), ``enrichments`` (of plug-ins); of the answer, where asked,
             ``answer_nlp_result`` and ``answer_enrichments``; ``processing_time`` (seconds by
-            stage), ``errors`` (which enhancement failed, and why), ``disabled`` (which were off,
-            and why) and ``not_reusable`` (why this answer is not stored).
+            stage), ``errors`` (which enhancement failed, and why), ``late`` (which still ran, and
+            will reach the store only), ``disabled`` (which were off, and why) and
+            ``not_reusable`` (why this answer is not stored).
     """
 
     metadata: dict[str, Any]
