@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -11,12 +12,16 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from schema.jobs import JobState
-from tests.engine.conftest import Equipped
+from tests.engine.conftest import Equip, Equipped
 from tests.stand_ins import claimed_job
 from workers.answering import Answerer
 from workers.bundled import bundled_model
+from workers.engine import HandlerConfig
+from workers.enrich.embedder import MiniLmEmbedder
+from workers.enrich.nlp import SpacyAnalyser
 from workers.handlers import OpenAIHandlers
 from workers.schema_checker import SchemaChecker
+from workers.store.answers import PostgresAnswers
 from workers.store.records import ClaimedJob
 
 pytestmark = pytest.mark.engine
@@ -38,15 +43,21 @@ def body_of(url: str, **fields: Any) -> dict[str, Any]:
     return {"kind": "openai", "url": url, "body": asked}
 
 
-@pytest.fixture
-async def answerer(plain: Equipped) -> AsyncIterator[Answerer]:
+@asynccontextmanager
+async def answering(llm: Equipped) -> AsyncIterator[Answerer]:
     checker = SchemaChecker()
     parser = make_arg_parser(FlexibleArgumentParser())
     args = parser.parse_args(
         ["--model", str(bundled_model()), "--served-model-name", NAME, "--max-model-len", "2048"]
     )
-    yield Answerer(plain, await OpenAIHandlers.over(plain, args), checker=checker, model=NAME)
+    yield Answerer(llm, await OpenAIHandlers.over(llm, args), checker=checker, model=NAME)
     await checker.aclose()
+
+
+@pytest.fixture
+async def answerer(plain: Equipped) -> AsyncIterator[Answerer]:
+    async with answering(plain) as answerer:
+        yield answerer
 
 
 class Heard:
@@ -88,6 +99,46 @@ async def test_a_body_is_the_same_whether_it_was_streamed_or_not(
     assert bodies[0] == bodies[1] == bodies[2]
     assert bodies[0] is not None
     assert bodies[0]["usage"]["completion_tokens"] == 24
+
+
+async def test_of_a_chat_the_last_turn_is_compared_and_those_before_must_match(
+    equip: Equip, analyser: SpacyAnalyser, embedder: MiniLmEmbedder, answer_store: PostgresAnswers
+) -> None:
+    llm = equip(
+        HandlerConfig(enrichment_wait_s=30),
+        analyser=analyser,
+        embedder=embedder,
+        store=answer_store,
+    )
+
+    def chat(asked: str, *, system: str = "You are a baker.", **fields: Any) -> ClaimedJob:
+        turns = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": "Good morning."},
+            {"role": "assistant", "content": "Good morning!"},
+            {"role": "user", "content": asked},
+        ]
+        body = {"temperature": 0, "max_tokens": 48, "ignore_eos": True, "messages": turns}
+        request = {"kind": "openai", "url": URLS[0], "body": {**body, **fields}}
+        return claimed(request, reuse="semantic")
+
+    async with answering(llm) as answerer:
+        first = await answerer.answer(chat("How do I bake sourdough bread?"))
+        assert first.answer is not None
+        await answer_store.put(first.answer)
+        meant = "How can I bake sourdough bread?"
+        again = await answerer.answer(chat(meant))
+        assert again.result.metadata["provenance"] == "semantic"
+        assert again.result.text == first.result.text
+        assert (again.answer_id, again.answer) == (first.answer.id, None)
+        assert again.fingerprint is None  # it is the answer to other words
+        for other in (
+            chat(meant, system="You are a chemist."),
+            chat(meant, max_tokens=47),
+            chat("How do I bake sourdough rolls?"),
+        ):
+            outcome = await answerer.answer(other)
+            assert outcome.result.metadata["provenance"] == "generated"
 
 
 async def test_several_choices_are_streamed_apart(answerer: Answerer) -> None:
