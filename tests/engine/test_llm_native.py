@@ -187,6 +187,19 @@ async def test_the_end_of_streaming_input_is_vllms_own_object(plain: Equipped) -
     assert [output async for output in plain.generate(nothing(), params, "empty")] == []
 
 
+async def test_a_raw_engine_request_passes_through(plain: Equipped) -> None:
+    params = greedy(3)
+    (rendered,) = await plain.renderer.render_cmpl_async([{"prompt": "Raw"}])
+    tasks = await plain.get_supported_tasks()
+    for number in range(2):
+        raw = plain.input_processor.process_inputs(
+            f"raw-{number}", rendered, params, supported_tasks=tasks
+        )
+        output = await final_of(plain, raw, params, f"raw-{number}")
+        assert output.text
+        assert output.metadata["not_reusable"] == "a raw engine request is passed through"
+
+
 @pytest.mark.parametrize(
     ("params", "why"),
     [

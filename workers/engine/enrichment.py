@@ -34,7 +34,7 @@ from workers.engine.side_tasks import SideTasks
 
 _T = TypeVar("_T")
 #: Seconds a part may take to stop what it runs.
-_CLOSE_S = 10.0
+_CLOSE_S = 5.0
 
 
 @dataclass

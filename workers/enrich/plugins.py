@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from workers.engine.protocols import Enricher
+from workers.enrich.aside import Aside
 
 GROUP = "promptmill.enrichers"
 
@@ -31,7 +32,7 @@ class BrokenPlugin:
 class Plugins:
     """What was found installed."""
 
-    enrichers: tuple[Enricher, ...]
+    enrichers: tuple[Enricher, ...]  # each aside, on a thread of its own
     broken: tuple[BrokenPlugin, ...]
 
 
@@ -54,7 +55,7 @@ def load_plugins() -> Plugins:
                 )
             )
         else:
-            enrichers[enricher.name] = enricher
+            enrichers[enricher.name] = Aside(enricher)
     return Plugins(enrichers=tuple(enrichers.values()), broken=tuple(broken))
 
 
