@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
@@ -95,28 +96,50 @@ def run_worker(
     Raises:
         PromptmillError: It did not start, for a reason that needs no traceback.
     """
-    from celery.signals import celeryd_after_setup
-
     from workers.runtime import worker_runtime
 
     app = make_app(settings, endpoints.redis_url, *model.names)
     current: list[Pipeline] = []
     refused: list[PromptmillError] = []
-    made: list[Any] = []
-    celeryd_after_setup.connect(lambda instance, **_: made.append(instance), weak=False)
     tasks.register(app, current)
+    _serve(
+        app,
+        lambda: worker_runtime(settings, endpoints, model, start_engine=start_engine),
+        current=current,
+        refused=refused,
+    )
+    if on_ready is not None:
+        from celery.signals import worker_ready
+
+        worker_ready.connect(lambda **_: on_ready(), weak=False)
+    name = worker_name(model.name)
+    logs.configure(level=settings.log_level, form=settings.log_format, worker=name)
+    words = ["--quiet", "worker", "--without-gossip", "--without-mingle"]
+    words += ["--loglevel", settings.log_level, "--hostname", _hostname(model.name)]
+    code = _run(app, words)
+    if refused:
+        raise refused[0]
+    return code
+
+
+def _serve(
+    app: Celery,
+    start: Callable[[], AbstractAsyncContextManager[Pipeline]],
+    *,
+    current: list[Pipeline],
+    refused: list[PromptmillError],
+) -> None:
+    """Let the application's pool start a worker's parts and end them; note what came of it."""
 
     @lifespan(app)
     @asynccontextmanager
     async def serve(pool: TaskPool) -> AsyncIterator[Any]:
         async with AsyncExitStack() as stack:
             try:
-                pipeline = await stack.enter_async_context(
-                    worker_runtime(settings, endpoints, model, start_engine=start_engine)
-                )
+                pipeline = await stack.enter_async_context(start())
             except PromptmillError as exc:
                 refused.append(exc)
-                raise SystemExit(1) from exc  # Celery tells any other at length
+                raise SystemExit(1) from exc  # any other is told at length, by Celery
             current.append(pipeline)
             pipeline.on_hungry = pool.wake
             limit_intake(lambda: pipeline.hungry)
@@ -126,21 +149,20 @@ def run_worker(
                 limit_intake(None)
                 current.clear()
 
-    if on_ready is not None:
-        from celery.signals import worker_ready
 
-        worker_ready.connect(lambda **_: on_ready(), weak=False)
-    name = worker_name(model.name)
-    logs.configure(level=settings.log_level, form=settings.log_format, worker=name)
-    words = ["worker", "--without-gossip", "--without-mingle"]
-    words += ["--loglevel", settings.log_level, "--hostname", _hostname(model.name)]
+def _run(app: Celery, words: list[str]) -> int:
+    """Run Celery's command; return its exit code, which Celery itself drops."""
+    from celery.exceptions import SecurityWarning
+    from celery.signals import celeryd_after_setup
+
+    # Of root with pickle, which is not accepted here; it asks for an option that there is not.
+    warnings.simplefilter("ignore", SecurityWarning)
+    made: list[Any] = []
+    celeryd_after_setup.connect(lambda instance, **_: made.append(instance), weak=False)
     try:
-        app.worker_main(["--quiet", *words])
+        app.worker_main(words)
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else 1
-    if refused:
-        raise refused[0]
-    # `worker_main` does not return it.
     return int(made[0].exitcode or 0) if made else 1
 
 

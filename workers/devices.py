@@ -95,7 +95,7 @@ class Fleet:
                     on_event=on_event,
                     on_line=on_line if len(posts) == 1 or as_json else partial(_of, post, on_line),
                     # Whoever asks for JSON collects lines, and does not read along.
-                    from_start=as_json,
+                    all_lines=as_json,
                 )
             )
 

@@ -47,7 +47,8 @@ class WorkerProcess:
         environment: All of it.
         on_event: Told what happens, in words.
         on_line: Given what it writes while it takes jobs: its log.
-        from_start: Whether also what it writes before; it is long, and shown when the start fails.
+        all_lines: Whether also what it writes while it starts, which is long and shown when that
+            fails, and while it ends.
     """
 
     name: str
@@ -55,7 +56,7 @@ class WorkerProcess:
     environment: Mapping[str, str]
     on_event: Callable[[str], None]
     on_line: Callable[[str], None] = lambda _line: None
-    from_start: bool = False
+    all_lines: bool = False
     ready: threading.Event = field(default_factory=threading.Event)
     given_up: threading.Event = field(default_factory=threading.Event)
     last_words: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_WORDS))
@@ -188,7 +189,8 @@ class WorkerProcess:
                     self.on_event(f"worker on {self.name} is ready")
                 else:
                     self.last_words.append(line.rstrip())
-                    if self.took_jobs or self.from_start:
+                    working = self.took_jobs and not self._stopping.is_set()
+                    if working or self.all_lines:
                         self.on_line(line.rstrip())
                     if waits := _WAITS.search(line):
                         self._say_that_it_waits(waits[1])

@@ -7,7 +7,11 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import psycopg
 import pytest
+from sqlalchemy.engine import make_url
+
+from workers.store import schema_upgrade
 
 if TYPE_CHECKING:
     from workers.local import LocalStack
@@ -29,10 +33,10 @@ sys.exit(cli.main(["worker"]))
 """
 
 
-def run(error: str, stack: LocalStack) -> subprocess.CompletedProcess[str]:
+def run(error: str, stack: LocalStack, **settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", _FAILS.format(error=error)],
-        env={**os.environ, "PROMPTMILL_DATA_DIR": str(stack.data_dir)},
+        env={**os.environ, "PROMPTMILL_DATA_DIR": str(stack.data_dir), **settings},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -57,3 +61,30 @@ def test_any_other_is_told_at_length(stack: LocalStack) -> None:
     done = run("RuntimeError('the card has fallen off the bus')", stack)
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("\nRuntimeError: the card has fallen off the bus") == 1, done.stderr
+
+
+@pytest.mark.parametrize(("revision", "says"), [(None, "are missing"), ("0001", "revision 0001")])
+def test_tables_that_are_older_than_the_worker(
+    stack: LocalStack, empty_database_url: str, revision: str | None, says: str
+) -> None:
+    """It is told before a model is loaded, and not again and again afterwards."""
+    if revision is not None:
+        schema_upgrade.upgrade(empty_database_url, revision=revision)
+    servers = {
+        "PROMPTMILL_DATABASE_URL": empty_database_url,
+        "PROMPTMILL_REDIS_URL": stack.redis_url,
+    }
+    done = run("RuntimeError('it was started')", stack, **servers)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "promptmill db upgrade" in done.stderr
+    assert "it was started" not in done.stderr
+
+
+def test_tables_that_are_newer_are_let_pass(database_url: str) -> None:
+    """Workers of the version before go on while their successors' tables are there."""
+    url = make_url(database_url).set(drivername="postgresql")
+    with psycopg.connect(url.render_as_string(hide_password=False)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    schema_upgrade.refuse_older(database_url)
+    schema_upgrade.refuse_older("postgresql://nobody@127.0.0.1:1/none")  # it is waited for

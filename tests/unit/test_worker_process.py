@@ -117,23 +117,35 @@ def test_a_worker_that_does_not_end_is_killed(make: Callable[[str], WorkerProces
     assert not worker.given_up.is_set()
 
 
-@pytest.mark.parametrize("from_start", [False, True])
-def test_what_a_worker_writes_is_handed_on(lines: list[str], from_start: bool) -> None:
-    """Its log would be seen by nobody otherwise; what a model's start has to say is long."""
-    script = f"import sys; print('one'); print({READY!r}, flush=True); sys.stderr.write('two\\n')"
+_WRITES = f"""
+import signal, sys, time
+def end(*_):
+    print("three", flush=True)
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("one")
+print({READY!r}, flush=True)
+print("two", file=sys.stderr, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("all_lines", [False, True])
+def test_what_a_worker_writes_is_handed_on(lines: list[str], all_lines: bool) -> None:
+    """Its log would be seen by nobody otherwise; what its start and end have to say is long."""
     worker = WorkerProcess(
         name="test",
-        command=[sys.executable, "-c", script],
+        command=[sys.executable, "-c", _WRITES],
         environment=os.environ,
         on_event=lambda _text: None,
         on_line=lines.append,
-        from_start=from_start,
+        all_lines=all_lines,
     )
     worker.start()
     until(lambda: "two" in lines)
-    worker.stop(signal.SIGKILL)
+    worker.stop()
     worker.join(DEADLINE_S)
-    assert lines[:2] == (["one", "two"] if from_start else ["two", *lines[1:2]])
+    assert lines == (["one", "two", "three"] if all_lines else ["two"])
 
 
 def test_it_is_told_once_what_a_worker_waits_for(

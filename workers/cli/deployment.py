@@ -138,6 +138,11 @@ def worker(
         if found.database_url is None:
             msg = "a worker needs the database; set PROMPTMILL_DATABASE_URL"
             raise ConfigurationError(msg)
+        if not found.embedded:
+            from workers.store import schema_upgrade
+
+            # Before a model is loaded, which takes its time.
+            schema_upgrade.refuse_older(found.database_url)
         from workers.app import run_worker
 
         code = run_worker(

@@ -14,8 +14,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from schema.errors import DatabaseUnavailableError
-from workers.store.database import errors_become_ours, parse_url
+from schema.errors import ConfigurationError, DatabaseUnavailableError
+from workers.store.database import errors_become_ours, parse_url, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,6 +77,29 @@ def current(database_url: str) -> str | None:
     """
     with _connect(database_url) as connection:
         return MigrationContext.configure(connection).get_current_revision()
+
+
+def refuse_older(database_url: str) -> None:
+    """Refuse tables that are missing, or of an older revision than this installation's.
+
+    Newer ones are let pass, for migrations only expand; and so is a database that cannot be reached
+    now, for whoever uses it waits for it.
+
+    Args:
+        database_url: Address of the database.
+
+    Raises:
+        ConfigurationError: They have to be upgraded first.
+    """
+    try:
+        found = current(database_url)
+    except DatabaseUnavailableError:
+        return
+    if found == head() or (found is not None and found not in revisions()):
+        return
+    state = "missing" if found is None else f"at revision {found}, and {head()} is needed"
+    where = place(parse_url(database_url))
+    raise ConfigurationError(f"the tables at {where} are {state}; run `promptmill db upgrade`")
 
 
 def head() -> str:
