@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -88,3 +89,15 @@ def test_tables_that_are_newer_are_let_pass(database_url: str) -> None:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     schema_upgrade.refuse_older(database_url)
     schema_upgrade.refuse_older("postgresql://nobody@127.0.0.1:1/none")  # it is waited for
+
+
+def test_a_role_that_may_not_ask_is_let_pass(empty_database_url: str) -> None:
+    schema_upgrade.upgrade(empty_database_url, revision="0001")
+    url, role = make_url(empty_database_url), f"r{uuid4().hex}"
+    plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(plain, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {role} LOGIN".encode())
+        try:
+            schema_upgrade.refuse_older(url.set(username=role).render_as_string())
+        finally:
+            connection.execute(f"DROP ROLE {role}".encode())

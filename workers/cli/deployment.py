@@ -27,6 +27,13 @@ ModelPath = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Model folder or hub name. Default: the bundled model."),
 ]
+EngineArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="An engine argument of vLLM's: --engine-arg max_model_len=8192. A name alone switches "
+        "it on, =false off; lists and objects are JSON."
+    ),
+]
 VllmArgs = Annotated[
     list[str] | None,
     typer.Option("--vllm-arg", help="Argument of vLLM's, such as --vllm-arg=--enforce-eager."),
@@ -59,10 +66,7 @@ def up(
         str | None, typer.Option(help="0,1:2,3 is two workers on two GPUs each. Default: the CPU.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Workers, on the CPU.")] = None,
-    engine_arg: Annotated[
-        list[str] | None,
-        typer.Option(help="An engine argument of vLLM's: --engine-arg max_model_len=8192."),
-    ] = None,
+    engine_arg: EngineArgs = None,
     vllm_arg: VllmArgs = None,
     config_file: ConfigFile = None,
 ) -> None:
@@ -109,10 +113,7 @@ def up(
 
 def worker(
     model: ModelPath = None,
-    engine_arg: Annotated[
-        list[str] | None,
-        typer.Option(help="An engine argument of vLLM's: --engine-arg max_model_len=8192."),
-    ] = None,
+    engine_arg: EngineArgs = None,
     vllm_arg: VllmArgs = None,
     config_file: ConfigFile = None,
 ) -> None:

@@ -11,6 +11,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 
@@ -83,7 +84,7 @@ def refuse_older(database_url: str) -> None:
     """Refuse tables that are missing, or of an older revision than this installation's.
 
     Newer ones are let pass, for migrations only expand; and so is a database that cannot be reached
-    now, for whoever uses it waits for it.
+    now, for whoever uses it waits for it, and one that does not tell this role.
 
     Args:
         database_url: Address of the database.
@@ -95,6 +96,10 @@ def refuse_older(database_url: str) -> None:
         found = current(database_url)
     except DatabaseUnavailableError:
         return
+    except ConfigurationError as exc:
+        if isinstance(getattr(exc.__cause__, "orig", None), InsufficientPrivilege):
+            return
+        raise
     if found == head() or (found is not None and found not in revisions()):
         return
     state = "missing" if found is None else f"at revision {found}, and {head()} is needed"
