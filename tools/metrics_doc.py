@@ -58,8 +58,8 @@ The trace goes on from a span that the producer's own program has open. `OTEL_SE
 `OTEL_TRACES_SAMPLER` and the other variables of OpenTelemetry hold; a submission that was not
 sampled makes no span anywhere. Where thousands of jobs come from the cache each second, sample at
 the producers, for instance with `OTEL_TRACES_SAMPLER=parentbased_traceidratio` and
-`OTEL_TRACES_SAMPLER_ARG=0.01`: on two cores a worker gave 3,390 jobs a second from its cache, and
-2,170 with every one of them traced (`python -m tests.benchmarks.sight`). A repeat that a worker
+`OTEL_TRACES_SAMPLER_ARG=0.01`: on two cores a worker gave 3,518 jobs a second from its cache, and
+2,314 with every one of them traced (`python -m tests.benchmarks.sight`). A repeat that a worker
 answers without a run has the same spans but vLLM's; its steps were taken together with those of
 other jobs, and last as long as theirs. No span holds a prompt, an answer or the text of an error.
 
