@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
-from uuid import uuid4
+from uuid import uuid4, uuid5
 
 import orjson
 
@@ -203,20 +203,28 @@ def id_digest(custom_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(custom_id.encode(), digest_size=8).digest())
 
 
-def output_line(result: JobResult, *, custom_id: str | None = None, twin: bool = False) -> bytes:
+def output_line(
+    result: JobResult,
+    *,
+    custom_id: str | None = None,
+    twin: bool = False,
+    asked: int | None = None,
+) -> bytes:
     """Return the output line of a row whose job is over, newline included.
 
     Args:
         result: Its outcome.
         custom_id: Name of the row, where it is not the job's own.
         twin: Whether the job was another row's, with the same request.
+        asked: 64 bits of a digest of what the row asks, by which a changed row is known.
 
     Returns:
         An object with ``id``, ``custom_id``, ``response`` and ``error`` as vLLM's `run_batch`
         writes it, and ``promptmill``: how the answer came about. Of a row without an answer,
         ``response.body`` and ``error`` say why, each as OpenAI has it in that place.
     """
-    name = result.job_id.hex
+    # As OpenAI's, the id of a line is that line's alone.
+    name = (uuid5(result.job_id, custom_id or "") if twin else result.job_id).hex
     done = result.status is JobState.DONE
     error = None if done else _error_body(result)
     code = 200 if done else (error or {}).get("error", {}).get("code") or 500
@@ -226,7 +234,7 @@ def output_line(result: JobResult, *, custom_id: str | None = None, twin: bool =
         status_code=code,
         body=result.body if done else error,
         error=error,
-        own=_provenance(result, twin=twin),
+        own=_provenance(result, twin=twin, asked=asked),
     )
 
 
@@ -304,11 +312,12 @@ _TOLD = (
 )
 
 
-def _provenance(result: JobResult, *, twin: bool) -> dict[str, Any]:
+def _provenance(result: JobResult, *, twin: bool, asked: int | None) -> dict[str, Any]:
     found = {name: result.metadata.get(name) for name in _TOLD}
     if twin:
         found |= {"provenance": Provenance.COALESCED.value, "source_answer_id": found["answer_id"]}
     return {
         "job_id": str(result.job_id),
         **{name: value for name, value in found.items() if value is not None},
+        **({} if asked is None else {"asked": f"{asked:016x}"}),
     }

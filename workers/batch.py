@@ -16,7 +16,7 @@ from schema.errors import BrokerUnavailableError, DatabaseUnavailableError
 from schema.jobs import JobState
 from schema.openai_batch import BadLine, BatchLine, error_line, output_line
 from workers.batch_input import BatchInput, identity
-from workers.batch_order import beginning, stretches
+from workers.batch_order import asked, beginning, stretches
 from workers.batch_output import BatchOutput
 from workers.batch_progress import BatchProgress
 from workers.batch_rows import DEFAULTS, BatchOptions, RowBuilder, batch_channel, open_batch
@@ -74,9 +74,11 @@ async def run_batch(
         output = BatchOutput(
             target,
             errors=options.errors,
+            source=source,
             identity=identity(source),
             resume=options.resume,
             redo=options.redo,
+            ordered=options.ordered,
         )
         try:
             run = _Run(client, await client.connection(), rows, output, options, on_progress)
@@ -93,6 +95,7 @@ class _Row:
 
     place: int  # among the lines of this run's output, for file order
     custom_id: str | None
+    asked: int | None = None  # digest of what the file has it ask; see `workers.batch_order.asked`
     line: bytes | None = None  # what will be written, once known
     failed: bool = False
 
@@ -129,7 +132,10 @@ class _Run:
         self._moved = asyncio.Event()  # a row is under way, or no more will be
         kept = output.kept
         self.progress = BatchProgress(
-            batch_id=output.batch_id, kept=kept.answered, failed=kept.failed
+            batch_id=output.batch_id,
+            kept=kept.answered,
+            failed=kept.failed,
+            changed=kept.changed,
         )
 
     async def run(self, source: str) -> BatchProgress:
@@ -165,6 +171,7 @@ class _Run:
                     await self._send(group)
             if self._rows.is_live:
                 await self._send(group)
+                self._output.flush()
         await self._send(group)
         self.progress.read_all = True
         self._reading = False
@@ -172,12 +179,16 @@ class _Run:
 
     def _wanted(self, stretch: list[BatchLine | BadLine]) -> list[BatchLine | BadLine]:
         self.progress.read += len(stretch)
+        for line in stretch:
+            self._output.expect(line)
         kept = self._output.kept
         return [line for line in stretch if isinstance(line, BadLine) or line.custom_id not in kept]
 
     async def _submit(self, line: BatchLine | BadLine, place: int, group: list[JobSpec]) -> None:
         """Put a row under way, with a job of its own or as a further row of one that asks that."""
         row = _Row(place=place, custom_id=line.custom_id)
+        if isinstance(line, BatchLine):
+            row.asked = asked(line.url, line.body)
         built = line if isinstance(line, BadLine) else await self._builder.build(line)
         if isinstance(built, BadLine):
             self.progress.failed += 1
@@ -237,6 +248,7 @@ class _Run:
                 self._take(delivery.result)
             if found:
                 heard = time.monotonic()
+                self._output.flush()  # somebody may be reading along
                 await self._trim()
                 self._on_progress(self.progress)
             elif time.monotonic() - heard > _SILENCE_S:
@@ -273,12 +285,12 @@ class _Run:
         for at, row in enumerate(rows):
             twin = at > 0
             self.progress.add(result, twin=twin)
-            line = output_line(result, custom_id=row.custom_id, twin=twin)
+            line = output_line(result, custom_id=row.custom_id, twin=twin, asked=row.asked)
             self._finish(row, line, failed=result.status is not JobState.DONE)
         if len(self._jobs) > 2 * len(self._under_way) + _ASK_AT_ONCE:
             # Of those that are over the worker's own cache knows.
             self._jobs = {
-                asked: job_id for asked, job_id in self._jobs.items() if job_id in self._under_way
+                digest: job_id for digest, job_id in self._jobs.items() if job_id in self._under_way
             }
 
     def _finish(self, row: _Row, line: bytes, *, failed: bool) -> None:

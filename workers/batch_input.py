@@ -31,8 +31,8 @@ _MOST_STRANGE = 1000
 _HEAD_BYTES = 1 << 20
 # Little at a time: what it expands to is in memory.
 _PACKED_BYTES = 1 << 14
-# What reading a file raises that is damaged, or no archive at all.
-_BROKEN = (OSError, EOFError, ValueError, zlib.error)
+#: What reading a file raises that is damaged, or no archive at all.
+BROKEN = (OSError, EOFError, ValueError, zlib.error)
 
 
 def open_input(path: str) -> BinaryIO:
@@ -87,7 +87,8 @@ def check_input(path: str) -> None:
     Raises:
         InvalidFileError: It is missing, a folder, empty, not readable, or holds no JSON object.
     """
-    if path == STANDARD or (Path(path).is_fifo()):
+    file_like = Path(path)
+    if path == STANDARD or (file_like.exists() and not file_like.is_file() | file_like.is_dir()):
         return
     strange: list[BadLine] = []
     parser = BatchParser()
@@ -100,7 +101,7 @@ def check_input(path: str) -> None:
                 strange.append(line)
                 if len(strange) >= _MOST_STRANGE:
                     break
-        except _BROKEN as exc:
+        except BROKEN as exc:
             raise InvalidFileError(f"broke off: {exc}", path=path) from exc
     raise _not_jsonl(path, strange)
 
@@ -278,7 +279,7 @@ class BatchInput:
     def _read(self) -> None:
         try:
             self._parse_all()
-        except _BROKEN as exc:
+        except BROKEN as exc:
             if not self._stopped:
                 self._error = InvalidFileError(f"broke off: {exc}", path=self._path)
         except BaseException as exc:  # noqa: BLE001  raised again where the lines are read

@@ -30,6 +30,7 @@ class BatchProgress:
     batch_id: UUID
     read: int = 0  # rows of the input seen so far
     kept: int = 0  # answered by an earlier run
+    changed: int = 0  # answered by an earlier run, but asking something else by now
     written: int = 0  # lines written by this run
     failed: int = 0  # of those written and kept, with an error
     prompt_tokens: int = 0  # of all answers of this run
@@ -90,6 +91,7 @@ class BatchProgress:
             "rows": self.read,
             "written": self.written,
             "kept": self.kept,
+            "changed": self.changed,
             "failed": self.failed,
             "provenance": dict(self.provenance),
             "cached": self.cached,

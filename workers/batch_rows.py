@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from schema.jobs import JobSpec
     from workers.aio_client import AsyncJobClient
-    from workers.batch_output import Redo
+    from workers.batch_former import Redo
     from workers.connection import Connection
 
 
@@ -113,7 +113,7 @@ class RowBuilder:
             line: The row.
         """
         body = dict(line.body)
-        if self._options.max_tokens is not None:
+        if self._options.max_tokens is not None and line.url in _GENERATING:
             body.pop("max_completion_tokens", None)
             body["max_tokens"] = self._options.max_tokens
         if self._schema is not None and line.url in _GENERATING:

@@ -102,7 +102,7 @@ def run(
     """
     from workers.batch import BatchOptions, run_batch
     from workers.batch_input import check_input
-    from workers.batch_output import check_output
+    from workers.batch_output import check_outputs
 
     options = BatchOptions(
         namespace=namespace,
@@ -119,9 +119,7 @@ def run(
     )
     # Before a worker is started for nothing.
     check_input(source)
-    check_output(output)
-    if errors is not None:
-        check_output(errors)
+    check_outputs(output, errors, source)
     settings = settings_with()
     with (
         _resumable(output),
@@ -354,6 +352,8 @@ def _sentence(progress: BatchProgress) -> str:
     parts = [f"{progress.written} rows in {progress.elapsed_s:.1f} s ({rate:.1f} a second)"]
     if progress.kept:
         parts.append(f"{progress.kept} kept from before")
+    if progress.changed:
+        parts.append(f"{progress.changed} changed since and answered anew")
     if progress.completion_tokens:
         parts.append(f"{progress.completion_tokens} tokens")
     if progress.cached:
