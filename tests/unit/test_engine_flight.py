@@ -16,7 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from tests.unit.engine_parts import Native, answer, output, piece
 from workers.engine.collector import EnhancedRequestOutputCollector
 from workers.engine.flight import Reader, Stream
-from workers.engine.replay import stream_of, with_outputs
+from workers.engine.replay import NotStorableError, stream_of, with_outputs
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 
@@ -144,6 +144,21 @@ async def test_a_pooled_output_is_each_readers_own_and_stored_whole() -> None:
     assert again.outputs == pooled().outputs
     assert again.outputs.data.dtype == torch.float32
     assert (again.request_id, again.prompt_token_ids) == ("again", [1, 2])
+
+
+async def test_what_is_no_tensor_is_given_and_not_stored() -> None:
+    native = Native()
+    flight = native.flight()
+    reader = flight.join("r", FINAL_ONLY)
+    await flight.ready()
+    data: Any = {"image": b"x"}
+    native.collector.put(PoolingRequestOutput("native", PoolingOutput(data), [1], 0, True))
+    await flight.ended()
+    one = reader.get_nowait()
+    assert one is not None
+    assert one.outputs.data == data
+    with pytest.raises(NotStorableError, match="dict"):
+        with_outputs(answer(), flight.stream)
 
 
 async def test_closed_by_its_owner_it_tells_its_readers() -> None:

@@ -165,6 +165,16 @@ async def test_what_comes_late_is_stored_only_with_an_answer_that_is_accepted(
     assert unmarked == [b"k"]  # other workers may go on either way
 
 
+async def test_no_time_at_all_is_not_for_ever() -> None:
+    airport = Airport()
+    airport.store.free.set()
+    flight = airport.board("r", None, RequestScope(ttl_s=0))
+    airport.native.collector.put(output(piece("a", [1], end="stop"), finished=True))
+    await flight.ended()
+    assert flight.notes.answer.expires_at is not None
+    assert airport.memory.get(RequestScope().namespace, b"k") is None
+
+
 async def test_an_answer_carries_the_tags_of_all_it_was_made_for() -> None:
     airport = Airport()
     airport.store.free.set()

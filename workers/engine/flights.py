@@ -238,7 +238,7 @@ class Flights:
             engine_s=engine_s,
             tags=tuple(tags),
             created_at=now,
-            expires_at=now + ttl_s if ttl_s else None,
+            expires_at=now + ttl_s if ttl_s is not None else None,
         )
 
     async def _keep(self, notes: FlightNotes, planned: RequestPlan, scope: RequestScope) -> None:

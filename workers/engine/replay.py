@@ -239,7 +239,10 @@ def pack_pooled(output: PoolingRequestOutput) -> tuple[Any, str]:
         msg = "the pooling request failed"
         raise NotStorableError(msg)
     _refuse_unknown(output, PoolingRequestOutput)
-    data = output.outputs.data
+    data: Any = output.outputs.data
+    if not isinstance(data, torch.Tensor):  # of a plug-in of vLLM's own, for one
+        msg = f"it computed a {type(data).__name__}, not a tensor"
+        raise NotStorableError(msg)
     return data.to(torch.float64).tolist(), str(data.dtype).removeprefix("torch.")
 
 
