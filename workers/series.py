@@ -174,7 +174,7 @@ STAGE = Series(
     part="enrichment",
     name="promptmill_stage_seconds",
     kind="histogram",
-    help="Time a stage of a request took: looking up, generating, and each enrichment.",
+    help="Time a stage of a request took: looking up, generating, each enrichment; and in total.",
     labels=("stage",),
 )
 FAILURES = Series(
