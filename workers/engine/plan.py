@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 from cachetools import LRUCache
 from vllm import PoolingParams, SamplingParams
-from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreRequest
 
@@ -22,21 +20,17 @@ from workers.engine.fingerprint import (
     fingerprint,
     lora_digest,
     params_digest,
-    prompt_parts,
     scope_digest,
 )
 from workers.engine.last_turn import LastTurn
+from workers.engine.prompts import Prompts, Seen
 from workers.engine.scope import RequestScope
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
-#: Up to here a text is tokenized where it stands; beyond, on the renderer's threads, since a
-#: tokenizer takes about a millisecond for this many characters and the loop must not wait.
-_INLINE_CHARS = 4_000
-#: Characters of prompts whose rendered form is kept, and parameters whose digest is.
-_KEPT_CHARS = 2**20
+#: Parameters whose digest is kept.
 _KEPT_PARAMS = 1024
 
 Params: TypeAlias = SamplingParams | PoolingParams
@@ -131,28 +125,10 @@ def why_not_reusable(params: Params, scope: RequestScope, features: Features) ->
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rendered:
-    """A text prompt as the renderer made it, kept for the next time."""
-
-    template: Mapping[str, Any]
-    ids: tuple[int, ...]
-    parts: Mapping[str, Any] | None
-
-    def fresh(self) -> dict[str, Any]:
-        """Return it as if it had been rendered now; vLLM may change what it is given."""
-        return {
-            **self.template,
-            "prompt_token_ids": list(self.ids),
-            "arrival_time": time.time(),
-        }
-
-
 class Planner:
     """Plans requests.
 
-    Rendered texts and digests of parameters are kept, since they are most of what an answer from
-    memory costs.
+    Digests of parameters are kept, since making them is much of what an answer from memory costs.
 
     Args:
         llm: Whose renderer.
@@ -161,12 +137,9 @@ class Planner:
     """
 
     def __init__(self, llm: AsyncLLM, *, engine: bytes, features: Features) -> None:
-        self._llm = llm
         self.engine = engine
         self._features = features
-        self._texts: LRUCache[str, _Rendered] = LRUCache(
-            _KEPT_CHARS, getsizeof=lambda rendered: max(64, 4 * len(rendered.ids))
-        )
+        self._prompts = Prompts(llm)
         self._params: LRUCache[tuple[type[Any], bytes], bytes] = LRUCache(_KEPT_PARAMS)
         self._adapters: dict[int, str] = {}  # content by vLLM's number, as first seen
 
@@ -180,52 +153,56 @@ class Planner:
         Raises:
             VLLMValidationError: As vLLM raises it for a prompt that it cannot take.
         """
-        prompt, params = call["prompt"], call["params"]
-        if isinstance(prompt, (AsyncGenerator, EngineCoreRequest)):
-            kind = (
-                "streaming input" if isinstance(prompt, AsyncGenerator) else "a raw engine request"
-            )
-            return RequestPlan(call=call, not_reusable=f"{kind} is passed through")
-        parts: Mapping[str, Any] | None
-        tokenization: Mapping[str, Any] | None = None
-        if isinstance(prompt, dict) and "type" in prompt:
-            rendered: Mapping[str, Any] = prompt
-            ids = tuple(rendered.get("prompt_token_ids") or ())
-            parts = prompt_parts(rendered)
-        else:
-            rendered, ids, parts = await self._render(prompt, call.get("tokenization_kwargs"))
-            call = {**call, "prompt": rendered}
-            # Tokenized already: vLLM would warn of arguments it cannot use any more.
-            tokenization = call.pop("tokenization_kwargs", None)
-        known: dict[str, Any] = {
-            "text": call.get("prompt_text") or rendered.get("prompt"),
-            "named": None if scope is None else scope.text,
-            "turns": self._turns,
-            "prompt_token_ids": ids,
-        }
-        reason = (
-            "no request scope" if scope is None else why_not_reusable(params, scope, self._features)
-        )
-        if rendered.get("type") == "multimodal" and not self._media_are_hashed():
-            reason = reason or "with both of its media caches off, vLLM takes no hash of media"
-        if parts is None:
-            reason = reason or f"a prompt of type {rendered.get('type')!r} has no exact identity"
+        if isinstance(call["prompt"], AsyncGenerator):
+            return RequestPlan(call=call, not_reusable="streaming input is passed through")
+        if isinstance(call["prompt"], EngineCoreRequest):
+            return RequestPlan(call=call, not_reusable="a raw engine request is passed through")
+        seen = await self._prompts.seen(call)
         adapter: LoRARequest | None = call.get("lora_request")
         # Beside the loop: an adapter that is new has to be read to its end.
         lora = None if adapter is None else await asyncio.to_thread(lora_digest, adapter)
-        if adapter is not None and not self._is_loaded(adapter, lora or ""):
-            reason = reason or "the adapter's files have changed since vLLM loaded them"
-        if reason is not None or parts is None or scope is None:
-            return RequestPlan(call=call, not_reusable=reason, **known)
-        digest = self._digest(params)
+        loaded = adapter is None or self._is_loaded(adapter, lora or "")
+        plan = RequestPlan(
+            call=seen.call,
+            text=call.get("prompt_text") or seen.rendered.get("prompt"),
+            named=None if scope is None else scope.text,
+            turns=self._prompts.turns,
+            prompt_token_ids=seen.ids,
+            not_reusable=self._why_not(seen, scope, loaded=loaded),
+        )
+        if plan.not_reusable is not None or scope is None:
+            return plan
+        return self._keyed(plan, seen, scope, lora)
+
+    def _why_not(self, seen: Seen, scope: RequestScope | None, *, loaded: bool) -> str | None:
+        """Return why a request is neither answered from the cache nor stored, or None."""
+        if scope is None:
+            return "no request scope"
+        if (reason := why_not_reusable(seen.call["params"], scope, self._features)) is not None:
+            return reason
+        kind = seen.rendered.get("type")
+        if kind == "multimodal" and not self._prompts.media_are_hashed():
+            return "with both of its media caches off, vLLM takes no hash of media"
+        if seen.parts is None:
+            return f"a prompt of type {kind!r} has no exact identity"
+        return None if loaded else "the adapter's files have changed since vLLM loaded them"
+
+    def _keyed(
+        self, plan: RequestPlan, seen: Seen, scope: RequestScope, lora: str | None
+    ) -> RequestPlan:
+        """Give a request that may be reused its fingerprint, and what its neighbours must share."""
+        parts = seen.parts or {}
+        digest = self._digest(plan.params)
         extra = {
-            name: call[name]
+            name: seen.call[name]
             for name in ("reasoning_ended", "reasoning_parser_kwargs")
-            if call.get(name) is not None
+            if seen.call.get(name) is not None
         }
-        return RequestPlan(
-            **known,
-            call=call,
+        besides = {name: part for name, part in parts.items() if name != "ids"}
+        if seen.tokenization:
+            besides["tokenization"] = seen.tokenization
+        return replace(
+            plan,
             key=fingerprint(
                 namespace=scope.namespace,
                 engine=self.engine,
@@ -238,54 +215,8 @@ class Planner:
             context=scope.context,
             params_digest=digest,
             lora=lora,
-            besides={
-                **{name: part for name, part in parts.items() if name != "ids"},
-                **({"tokenization": tokenization} if tokenization else {}),
-                **extra,
-            },
+            besides={**besides, **extra},
         )
-
-    @cached_property
-    def _turns(self) -> LastTurn:
-        return LastTurn(self._llm.tokenizer)
-
-    async def _render(
-        self, prompt: Any, kwargs: Mapping[str, Any] | None
-    ) -> tuple[dict[str, Any], tuple[int, ...], Mapping[str, Any] | None]:
-        """Return a prompt as vLLM's renderer makes it, its token ids, and what identifies it."""
-        keep = isinstance(prompt, str) and not kwargs and len(prompt) <= _INLINE_CHARS
-        if keep and (known := self._texts.get(prompt)) is not None:
-            return known.fresh(), known.ids, known.parts
-        rendered = await self._rendered_by_vllm(prompt, kwargs)
-        ids, parts = tuple(rendered.get("prompt_token_ids") or ()), prompt_parts(rendered)
-        if keep and rendered.get("type") == "token":
-            self._texts[prompt] = _Rendered(template=dict(rendered), ids=ids, parts=parts)
-        return rendered, ids, parts
-
-    async def _rendered_by_vllm(
-        self, prompt: Any, kwargs: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
-        renderer = self._llm.renderer
-        parsed = parse_model_prompt(self._llm.model_config, prompt)
-        params = renderer.default_cmpl_tok_params.with_kwargs(**(kwargs or {}))
-        text = parsed.get("prompt") if isinstance(parsed, dict) else None
-        media = isinstance(parsed, dict) and "multi_modal_data" in parsed
-        if not media and len(text or "") <= _INLINE_CHARS:
-            (rendered,) = renderer.render_cmpl([parsed], params)
-        else:
-            (rendered,) = await renderer.render_cmpl_async([parsed], params)
-        result: dict[str, Any] = rendered
-        return result
-
-    def _media_are_hashed(self) -> bool:
-        """Whether vLLM names media by content.
-
-        With neither of its caches on, it numbers them by request instead, from one again with
-        every start: two pictures would share a name.
-        """
-        media = self._llm.model_config.multimodal_config
-        caches = self._llm.vllm_config.cache_config
-        return media is None or bool(media.mm_processor_cache_gb or caches.enable_prefix_caching)
 
     def _is_loaded(self, adapter: LoRARequest, content: str) -> bool:
         """Whether vLLM answers by this content: it reads an adapter again only when told to."""
