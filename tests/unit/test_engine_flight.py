@@ -86,6 +86,23 @@ async def test_left_while_vllm_takes_it_in_it_is_aborted_all_the_same() -> None:
     assert native.aborted == ["native-1"]
 
 
+async def test_aborted_while_vllm_takes_it_in_it_is_an_abort_and_no_dead_engine() -> None:
+    native = Native()
+    native.may_start.clear()
+    flight = native.flight()
+    reader = flight.join("r", DELTA)
+    boarding = asyncio.create_task(flight.ready())
+    await asyncio.sleep(0)
+    reader.abort()
+    native.may_start.set()
+    await boarding
+    last = reader.get_nowait()
+    assert last is not None
+    assert last.outputs[0].finish_reason == "abort"
+    await flight.ended()
+    assert native.aborted == ["native-1"]
+
+
 async def test_a_refusal_reaches_all() -> None:
     native = Native(refusal=ValueError("too long"))
     flight = native.flight()

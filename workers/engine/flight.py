@@ -243,6 +243,7 @@ class Flight:
         self._landed = landed
         self._on_gone = gone
         self._ready = asyncio.Event()
+        self._abandoned = False  # all readers have left it
         self._task = asyncio.create_task(self._fly(), name="promptmill-flight")
 
     def join(self, request_id: str, kind: RequestOutputKind) -> Reader:
@@ -257,11 +258,13 @@ class Flight:
     async def ready(self) -> None:
         """Return once vLLM has accepted the request, or the store has answered it.
 
+        Or once all have left it: whoever was aborted meanwhile has an output that says so.
+
         Raises:
             BaseException: Why vLLM refused it.
         """
         await self._ready.wait()
-        if self.native is None and self.stream.error is not None:
+        if self.native is None and self.stream.error is not None and not self._abandoned:
             raise self.stream.error
 
     async def ended(self) -> None:
@@ -274,6 +277,7 @@ class Flight:
 
     def _abandon(self) -> None:
         if not self.stream.finished:
+            self._abandoned = True
             self._is_gone()
             self._task.cancel()
 
