@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from workers.store.answers import PostgresAnswers
@@ -24,19 +25,21 @@ async def postgres_parts(database_url: str, config: HandlerConfig) -> AsyncItera
         config: As the engine's; what it switches off is not made.
 
     Yields:
-        Parts for `EnhancedAsyncLLM`, which closes them; the connections are closed at the end.
-        `Parts.store` is a `PostgresAnswers`, by which answers are withdrawn and labelled.
+        Parts for `EnhancedAsyncLLM`, with their models loaded; one that cannot be loaded is named
+        by each request's metadata. `Parts.store` is a `PostgresAnswers`, by which answers are
+        withdrawn and labelled. All is closed at the end, after the engine.
     """
     from workers.engine import Parts
     from workers.enrich.embedder import MiniLmEmbedder
     from workers.enrich.nlp import SpacyAnalyser
 
-    database = Database(database_url)
-    try:
-        yield Parts(
-            analyser=SpacyAnalyser(config.nlp) if config.features.nlp else None,
-            embedder=MiniLmEmbedder(config.similarity) if config.features.similarity else None,
-            store=PostgresAnswers(database),
-        )
-    finally:
-        await database.aclose()
+    async with AsyncExitStack() as stack:
+        database = Database(database_url)
+        stack.push_async_callback(database.aclose)
+        analyser = SpacyAnalyser(config.nlp) if config.features.nlp else None
+        embedder = MiniLmEmbedder(config.similarity) if config.features.similarity else None
+        models = [model for model in (analyser, embedder) if model is not None]
+        for model in models:
+            stack.push_async_callback(model.aclose)
+        await asyncio.gather(*(model.start() for model in models), return_exceptions=True)
+        yield Parts(analyser=analyser, embedder=embedder, store=PostgresAnswers(database))

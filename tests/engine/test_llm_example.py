@@ -74,7 +74,7 @@ async def test_the_programs_of_the_pages_do_what_they_say(
     def make(*, model: str, handler_config: HandlerConfig, parts: Any = None) -> Any:
         assert model == str(bundled_model())
         own = parts or default_parts(handler_config)
-        # Each was made as the page says, and stands aside for one that is up already.
+        # Each is made as the page says, and stands aside for one that is up already.
         assert isinstance(own.analyser, SpacyAnalyser)
         running: dict[str, Any] = {"analyser": analyser, "store": own.store}
         if own.embedder is not None:
@@ -82,6 +82,13 @@ async def test_the_programs_of_the_pages_do_what_they_say(
         return equip(handler_config.model_copy(update={"enrichment_wait_s": 60}), **running)
 
     monkeypatch.setattr(workers.engine, "EnhancedAsyncLLM", make, raising=False)
+    started: list[type] = []
+
+    async def start(self: Any) -> None:
+        started.append(type(self))
+
+    for part in (SpacyAnalyser, MiniLmEmbedder):
+        monkeypatch.setattr(part, "start", start)
     said = []
     for program, given in (
         *((program, ()) for program in programs("README.md")),
@@ -100,6 +107,7 @@ async def test_the_programs_of_the_pages_do_what_they_say(
     assert "\nexact " in alone
     assert first == again
     assert with_postgres.startswith("generated [] ")
+    assert started == [SpacyAnalyser, MiniLmEmbedder]
 
 
 async def test_generate_enhanced_still_works(plain: EnhancedAsyncLLM) -> None:
