@@ -19,9 +19,11 @@ from psycopg.errors import InsufficientPrivilege, ReadOnlySqlTransaction
 from pydantic import SecretStr
 from redis import Redis
 from redis.exceptions import NoPermissionError, RedisError
+from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from schema import names
+from schema.errors import ConfigurationError
 from tests.integration.test_client import PlayedWorker
 from workers import AsyncJobClient, Settings, health, windows
 from workers.app import make_app
@@ -175,6 +177,17 @@ def test_postgres_refuses(role: str, statement: str, role_url: Callable[[str], s
         pytest.raises((InsufficientPrivilege, ReadOnlySqlTransaction)),
     ):
         connection.execute(statement)
+
+
+@pytest.mark.parametrize(("role", "says"), [("reader", "read-only"), ("worker", "denied")])
+async def test_whoever_may_not_is_told_where_that_is_decided(
+    role: str, says: str, role_url: Callable[[str], str]
+):
+    database = Database(role_url(role))
+    with pytest.raises(ConfigurationError, match=rf"{says}.*deploy/postgres/roles\.sql"):
+        async with database.transaction() as connection:
+            await connection.execute(text("UPDATE alembic_version SET version_num = ''"))
+    await database.aclose()
 
 
 def test_tables_of_later_revisions_are_covered(database_url: str, role_url: Callable[[str], str]):

@@ -111,12 +111,9 @@ def errors_become_ours(url: URL) -> Iterator[None]:
                 "run `promptmill db upgrade`"
             )
             raise ConfigurationError(msg) from error
-        if isinstance(cause, pg.InsufficientPrivilege):
-            msg = f"the role may not do this at {place(url)} ({cause.diag.message_primary})"
-            raise ConfigurationError(msg) from error
         if isinstance(cause, (pg.InsufficientPrivilege, pg.ReadOnlySqlTransaction)):
             msg = (
-                f"this role may not do that at {place(url)} ({type(cause).__name__}); "
+                f"this role may not do that at {place(url)} ({cause.diag.message_primary}); "
                 "deploy/postgres/roles.sql says who may do what"
             )
             raise ConfigurationError(msg) from error
