@@ -17,6 +17,7 @@ from workers.pinning import (
     parallel_ranks,
     parse_gpus,
     share_cpu,
+    visible_devices,
 )
 from workers.serving import refuse_model
 
@@ -121,7 +122,8 @@ def on_this_machine(posts: Sequence[Post], cards: Sequence[Gpu] | None) -> list[
         The posts, with cards named as vLLM wants them.
 
     Raises:
-        InvalidRequestError: A card is not here, or given to two workers under two names.
+        InvalidRequestError: A card is not here, is hidden from this process, or is given to two
+            workers under two names.
         ConfigurationError: The installed vLLM is the CPU's build.
     """
     wanted = [post for post in posts if post.device.gpus]
@@ -132,7 +134,9 @@ def on_this_machine(posts: Sequence[Post], cards: Sequence[Gpu] | None) -> list[
         replace(post, device=check_gpus([post.device], cards)[0]) if post.device.gpus else post
         for post in posts
     ]
-    _refuse_one_card_twice([name for post in found for name in post.device.gpus], cards or ())
+    named = [name for post in found for name in post.device.gpus]
+    _refuse_one_card_twice(named, cards or ())
+    _refuse_hidden(named, cards or ())
     return found
 
 
@@ -178,3 +182,18 @@ def _refuse_one_card_twice(named: Sequence[str], cards: Sequence[Gpu]) -> None:
                 msg = f"is the card that {other} is too; each worker needs devices of its own"
                 raise InvalidRequestError(msg, field="gpus", value=name)
         before.append(name)
+
+
+def _refuse_hidden(named: Sequence[str], cards: Sequence[Gpu]) -> None:
+    """Refuse cards that whoever started this process keeps from it, as a scheduler does."""
+    if not (visible := visible_devices()):
+        return
+    ours = [card for card in cards if any(card.answers_to(name) for name in visible)]
+    for name in named:
+        hidden = any(card.answers_to(name) for card in cards if card not in ours)
+        if ours and hidden:
+            msg = (
+                f"is not among CUDA_VISIBLE_DEVICES={','.join(visible)}; name one of those, or "
+                "unset it"
+            )
+            raise InvalidRequestError(msg, field="gpus", value=name)

@@ -37,7 +37,12 @@ sys.exit(cli.main(["worker"]))
 def run(error: str, stack: LocalStack, **settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", _FAILS.format(error=error)],
-        env={**os.environ, "PROMPTMILL_DATA_DIR": str(stack.data_dir), **settings},
+        env={
+            **os.environ,
+            "PROMPTMILL_DATA_DIR": str(stack.data_dir),
+            "PROMPTMILL_LOG_FORMAT": "console",
+            **settings,
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

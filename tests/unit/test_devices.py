@@ -27,6 +27,12 @@ from workers.pinning import Device, check_gpus, device_here, parse_gpus, share_c
 from workers.settings import Settings, load_settings
 from workers.worker_process import READY, WorkerProcess
 
+
+@pytest.fixture(autouse=True)
+def _every_card_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 CARDS = [
     Gpu(index=0, name="H100", uuid="GPU-aaaa1111-0000"),
     Gpu(index=1, name="H100", uuid="GPU-bbbb2222-0000", slices=("MIG-cccc3333-0000",)),
@@ -104,6 +110,15 @@ def test_two_names_of_one_card_are_seen_through(text: str, monkeypatch: pytest.M
     monkeypatch.setattr(fleet_plan, "built_for_cpu", lambda: False)
     with pytest.raises(InvalidRequestError, match=r"is the card that .* is too"):
         on_this_machine(plan(gpus=text), CARDS)
+
+
+def test_a_card_that_a_scheduler_keeps_away_is_not_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fleet_plan, "built_for_cpu", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbbb2222-0000")
+    assert on_this_machine(plan(gpus="1"), CARDS)[0].device.gpus == ("1",)
+    for text in ("0", "GPU-aaaa"):
+        with pytest.raises(InvalidRequestError, match="is not among CUDA_VISIBLE_DEVICES=GPU-bbbb"):
+            on_this_machine(plan(gpus=text), CARDS)
 
 
 def test_parts_of_a_card_are_workers_of_their_own(monkeypatch: pytest.MonkeyPatch):
