@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -21,12 +24,14 @@ if TYPE_CHECKING:
 
     from schema.jobs import JobSpec
     from workers.aio_client import AsyncJobClient
+    from workers.store.jobs import JobStore
     from workers.store.records import Batch
 
 _PAGE = 500
 _LOOK_S = 0.5
 # Lines that could not become jobs are kept with the batch, up to so many.
 _MOST_ERRORS = 100_000
+_SETTLED = ("completed", "cancelled")
 
 
 async def submit_batch(
@@ -59,7 +64,7 @@ async def submit_batch(
                     await open_batch(connection, namespace, batch_id, source)
                 await submission.add(stretch)
             await submission.send()
-        except (PromptmillError, OSError):
+        except (PromptmillError, OSError, asyncio.CancelledError):
             if submission.total:
                 # Its rows so far run; nobody must take them for the whole file.
                 with suppress(ServiceError):
@@ -157,11 +162,26 @@ async def describe(
         msg = f"namespace {tenant!r} has no batch {batch_id}"
         raise JobNotFoundError(msg)
     counts = await store.counts(tenant, batch_id=batch_id)
-    live = counts[JobState.QUEUED] + counts[JobState.RUNNING]
-    if live == 0 and batch.total is not None and batch.finished_at is None:
-        status = "cancelled" if batch.status == "cancelling" else "completed"
-        batch = await store.finish_batch(tenant, batch_id, status=status) or batch
+    batch = await _settled(store, batch, live=_live(counts))
     return _object(batch, counts)
+
+
+def _live(counts: dict[JobState, int]) -> int:
+    return counts[JobState.QUEUED] + counts[JobState.RUNNING]
+
+
+async def _settled(store: JobStore, batch: Batch, *, live: int) -> Batch:
+    """Return a batch with the end noted that it has come to; rows may be run once more after it."""
+    if live and batch.status in _SETTLED:
+        return replace(batch, status="in_progress", finished_at=None)
+    status = None
+    if not live and batch.status == "cancelling":
+        status = "cancelled"
+    elif not live and batch.total is not None and batch.finished_at is None:
+        status = "completed"
+    if status is None:
+        return batch
+    return await store.finish_batch(batch.namespace, batch.id, status=status) or batch
 
 
 def _object(batch: Batch, counts: dict[JobState, int]) -> dict[str, Any]:
@@ -176,15 +196,23 @@ def _object(batch: Batch, counts: dict[JobState, int]) -> dict[str, Any]:
     return {
         "id": str(batch.id),
         "object": "batch",
+        "completion_window": "unlimited",
         "endpoint": batch.details.get("endpoint"),
         "errors": {"object": "list", "data": wrong} if wrong else None,
         "input_file_id": batch.source,
         "status": batch.status,
         "created_at": created,
         "in_progress_at": created,
+        "expires_at": None,
+        "finalizing_at": None,
         "completed_at": finished if batch.status == "completed" else None,
         "failed_at": finished if batch.status == "failed" else None,
+        "expired_at": None,
+        "cancelling_at": batch.details.get("cancelling_at"),
         "cancelled_at": finished if batch.status == "cancelled" else None,
+        "output_file_id": None,
+        "error_file_id": None,
+        "metadata": None,
         "request_counts": _request_counts(batch, counts),
         "states": {state.value: count for state, count in counts.items()},
         "namespace": batch.namespace,
@@ -196,7 +224,8 @@ def _request_counts(batch: Batch, counts: dict[JobState, int]) -> dict[str, int]
     done = counts[JobState.DONE]
     over = sum(counts[state] for state in JobState if state.terminal)
     # Whoever waited for all rows has counted them, those that shared a job with another included.
-    known = batch.details.get("counts") or {"completed": done, "failed": refused + over - done}
+    known = None if _live(counts) else batch.details.get("counts")
+    known = known or {"completed": done, "failed": refused + over - done}
     total = batch.total if batch.total is not None else sum(counts.values()) + refused
     return {"total": total, **known}
 
@@ -231,7 +260,7 @@ async def collect(
         namespace: Tenant; the settings' own unless told.
 
     Returns:
-        The batch as `describe` gives it: while its status is ``in_progress``, rows are missing.
+        The batch as `describe` gives it, and ``complete``: whether the output has every row.
 
     Raises:
         JobNotFoundError: The namespace has no such batch.
@@ -243,17 +272,26 @@ async def collect(
     described = await describe(client, batch_id, namespace=tenant)
     store = (await client.connection()).store("the results of a batch")
     batch = await store.batch(tenant, batch_id)
+    refused = deque(_refused(batch) if batch is not None else ())
+    written = int(batch.details.get("refused") or 0) if batch is not None else 0
     output = BatchOutput(target, errors=errors)
     try:
-        for bad in _refused(batch) if batch is not None else ():
-            output.write(error_line(bad), failed=True)
         after = -1
         while page := await store.batch_results(tenant, batch_id, after=after, limit=_PAGE):
             after = page[-1][0]
-            for _, result in page:
+            for row, result in page:
+                while refused and refused[0].number <= row + 1:
+                    output.write(error_line(refused.popleft()), failed=True)
                 output.write(output_line(result), failed=result.status is not JobState.DONE)
+            written += len(page)
+        for bad in refused:
+            output.write(error_line(bad), failed=True)
         output.flush()
-        if is_over(described):
+        # A file of which the end was never submitted has no total; and of a `batch run`, rows that
+        # shared a job with another are in its own output only.
+        whole = batch is not None and batch.total == written
+        described["complete"] = whole and is_over(described)
+        if described["complete"]:
             output.complete()
     finally:
         output.close()
@@ -312,10 +350,16 @@ async def cancel_batch(
         ServiceError: Postgres or Redis cannot be used now.
     """
     tenant = namespace or client.settings.namespace
-    await describe(client, batch_id, namespace=tenant)
+    described = await describe(client, batch_id, namespace=tenant)
+    if described["status"] in _SETTLED:
+        return described  # what is over stays what it is
     store = (await client.connection()).store("cancelling a batch")
+    if described["cancelling_at"] is None:
+        await store.update_batch(tenant, batch_id, details={"cancelling_at": int(time.time())})
     while (done := await store.cancel_batch(tenant, batch_id)).ended or done.running:
         await client.announce(tenant, done.ended, done.running)
+    if described["status"] == "failed":
+        await store.update_batch(tenant, batch_id, status="failed")  # it never was the whole file
     return await describe(client, batch_id, namespace=tenant)
 
 

@@ -25,7 +25,14 @@ from schema.errors import InvalidFileError
 from schema.jobs import JobError, JobResult, JobState, Provenance
 from workers import AsyncJobClient, Settings
 from workers.batch import BatchOptions, BatchProgress, run_batch
-from workers.batch_jobs import collect, describe, list_batches, submit_batch, wait_until_over
+from workers.batch_jobs import (
+    cancel_batch,
+    collect,
+    describe,
+    list_batches,
+    submit_batch,
+    wait_until_over,
+)
 from workers.cancellation import heed_cancellation
 from workers.channel import ResultChannel
 from workers.store.database import Database
@@ -492,9 +499,15 @@ async def test_rows_that_ask_the_same_are_one_job(
     worker.ran.clear()
     await run(client, source, tmp_path / "off", job={"reuse": "off"})
     assert len(worker.ran) == 10
-    # All rows count, and a row that failed with its twin is redone with it.
+    # Every line has an id of its own.
+    assert len({line["id"] for line in out.values()}) == 10
+    # All rows count, and what the jobs know of is not passed off as all of them.
     batch = await describe(client, summary.batch_id)
     assert batch["request_counts"] == {"total": 10, "completed": 10, "failed": 0}
+    found = await collect(client, summary.batch_id, str(tmp_path / "later"))
+    assert not found["complete"]
+    assert not (tmp_path / "later").exists()
+    assert len(read(tmp_path / "later.partial")) == 4
 
 
 async def test_rows_that_begin_alike_run_next_to_each_other(
@@ -602,6 +615,33 @@ async def test_a_file_that_breaks_off_is_no_batch_that_completes(
     await collect(client, batch_id, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists()
+    # Nor does it complete when the rest of it is cancelled.
+    assert (await cancel_batch(client, batch_id))["status"] == "failed"
+
+
+async def test_an_interrupted_submission_is_no_batch_that_completes(
+    client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = write(tmp_path / "in", [row(f"r{n}") for n in range(100)])
+    groups: list[int] = []
+    stuck = asyncio.Event()
+    submit_specs = client.submit_specs
+
+    async def once(specs: Any, **named: Any) -> Any:
+        groups.append(len(specs))
+        if len(groups) > 1:
+            stuck.set()
+            await asyncio.Event().wait()
+        return await submit_specs(specs, **named)
+
+    monkeypatch.setattr(client, "submit_specs", once)
+    submission = asyncio.create_task(submit_batch(client, source))
+    await asyncio.wait_for(stuck.wait(), 60)
+    submission.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await submission
+    (batch,) = await list_batches(client)
+    assert batch["status"] == "failed"
 
 
 async def test_two_runs_do_not_share_an_output(

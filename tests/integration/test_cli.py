@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import openai
 import pytest
 from redis.asyncio import Redis
 
@@ -175,8 +176,7 @@ def test_a_batch_that_nobody_waits_for(command: Command, tmp_path: Path):
     assert found["errors"]["data"][0]["line"] == 4
     command("batch", "results", batch, "-o", str(tmp_path / "out"), "--wait")
     lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    # What is wrong with the file comes first, then its rows in their order.
-    assert [line["custom_id"] for line in lines] == [None, "a", "b", "fail"]
+    assert [line["custom_id"] for line in lines] == ["a", "b", "fail", None]
     apart = ("--errors", str(tmp_path / "wrong"))
     command("batch", "results", batch, "-o", str(tmp_path / "out"), *apart)
     rows = {name: (tmp_path / name).read_text().splitlines() for name in ("out", "wrong")}
@@ -194,6 +194,41 @@ def test_a_batch_is_cancelled(command: Command, tmp_path: Path):
     found = command.json("batch", "cancel", batch)
     assert found["status"] == "cancelled"
     assert found["states"]["cancelled"] == 2
+    assert found["cancelled_at"] >= found["cancelling_at"] >= found["created_at"]
+
+
+def test_what_is_over_is_not_cancelled(command: Command, tmp_path: Path):
+    batch = command("batch", "submit", batch_file(tmp_path / "in", ["a"]))
+    command.work()
+    for _ in range(2):
+        assert command.json("batch", "cancel", batch)["status"] == "completed"
+    command("batch", "results", batch, "-o", str(tmp_path / "out"))
+    assert len((tmp_path / "out").read_text().splitlines()) == 2
+
+
+def test_rows_that_are_run_once_more_make_a_batch_unfinished_again(
+    command: Command, tmp_path: Path
+):
+    batch = command("batch", "submit", batch_file(tmp_path / "in", ["a", "fail"]))
+    command.work()
+    before = command.json("batch", "status", batch)
+    assert before["status"] == "completed"
+    command("jobs", "retry", "--batch", batch)
+    found = command.json("batch", "status", batch)
+    assert (found["status"], found["completed_at"]) == ("in_progress", None)
+    assert found["request_counts"] == {"total": 3, "completed": 1, "failed": 1}
+    command("batch", "results", batch, "-o", str(tmp_path / "out"), code=1)
+    assert "2 of 3 rows are over" in command.err
+    assert not (tmp_path / "out").exists()
+    command.work()
+    command("batch", "results", batch, "-o", str(tmp_path / "out"))
+    assert len((tmp_path / "out").read_text().splitlines()) == 3
+
+
+def test_a_batch_is_shown_as_openai_shows_it(command: Command, tmp_path: Path):
+    found = command.json("batch", "submit", batch_file(tmp_path / "in", ["a"]))
+    assert openai.types.Batch.model_validate(found).request_counts
+    assert set(openai.types.Batch.model_fields) - {"model", "usage"} <= set(found)
 
 
 def test_the_cache_is_looked_at_and_emptied(command: Command):

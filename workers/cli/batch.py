@@ -233,24 +233,28 @@ def results(
 
         promptmill batch results 6f9619ff-8b86-4d01-b42d-00cf4fc964ff -o answers.jsonl --wait
     """
-    from workers.batch_jobs import collect, is_over, wait_until_over
+    from workers.batch_jobs import collect, wait_until_over
+    from workers.cli.progress import batch_waiting
 
     batch_id = job_id(batch)
 
     async def work(client: AsyncJobClient) -> Any:
         if wait:
-            await wait_until_over(client, batch_id, namespace=namespace)
+            with batch_waiting() as show:
+                await wait_until_over(client, batch_id, namespace=namespace, on_progress=show)
         return await collect(client, batch_id, output, errors=errors, namespace=namespace)
 
     found = _with_client(settings_with(), work)
     if as_json and output != "-":
         print_json(found)
-    if not is_over(found):
+    if not found["complete"]:
         counts = found["request_counts"]
         over = counts["completed"] + counts["failed"]
         so_far = "" if output == "-" else f"; what there is stands in {output}.partial"
         why = " (its file broke off)" if found["failed_at"] is not None else ""
         rows = f"{over} of {counts['total']} rows are over"
+        if found["status"] == "completed":
+            rows += ", but some shared a job with another: the output of its run has all of them"
         say(f"the batch is {found['status']}{why}: {rows}{so_far}")
         raise typer.Exit(FAILED)
 

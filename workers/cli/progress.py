@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workers.cli.shared import for_people
 
@@ -81,6 +81,31 @@ def batch_progress(source: str) -> Iterator[Callable[[BatchProgress], None]]:
                 words.append(f"[red]{progress.failed} failed[/red]")
             # A total of None leaves the one that is known as it is.
             bar.update(task, completed=done, total=total, rate=", ".join(words))
+
+        yield show
+
+
+@contextlib.contextmanager
+def batch_waiting() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show how far a batch is that was submitted.
+
+    Yields:
+        A function to call with what `workers.batch_jobs.describe` returns.
+    """
+    if not for_people():
+        yield lambda _described: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("rows", total=None)
+
+        def show(described: dict[str, Any]) -> None:
+            counts = described["request_counts"]
+            over, failed = counts["completed"] + counts["failed"], counts["failed"]
+            words = f"{over}/{counts['total']} rows" + (f", {failed} failed" if failed else "")
+            bar.update(task, completed=over, total=counts["total"], description=words)
 
         yield show
 
