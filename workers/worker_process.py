@@ -128,7 +128,8 @@ class WorkerProcess:
                 self.given_up.set()
                 return
             wait_s = _BACKOFF_S[min(quick_deaths, len(_BACKOFF_S) - 1)]
-            self.on_event(f"worker on {self.name} ended with {code}; started anew in {wait_s:g} s")
+            when = f"in {wait_s:g} s" if wait_s else "at once"
+            self.on_event(f"worker on {self.name} ended with {code}; started anew {when}")
             self._stopping.wait(wait_s)
 
     def _run_once(self) -> int:
