@@ -97,7 +97,8 @@ def map_frame(
             whole = replace(options, resume=False, redo=None, errors=None)
             client.run_batch(str(source), str(target), whole, on_progress=on_progress)
         answers = _answers(target) if target.exists() else {}
-    return _with(frame, _columns(answers, len(prompts), into, embed=embed))
+    columns = _columns(answers, prompts, into, embed=embed)
+    return _with(frame, columns, {into: "embedding" if embed else "text", **_kinds(into)})
 
 
 def _lines(
@@ -134,15 +135,34 @@ def _answers(target: Path) -> dict[int, dict[str, Any]]:
 
 
 def _columns(
-    answers: dict[int, dict[str, Any]], count: int, into: str, *, embed: bool
+    answers: dict[int, dict[str, Any]], prompts: Sequence[object], into: str, *, embed: bool
 ) -> dict[str, list[Any]]:
-    missing = {"error": "the prompt is missing or empty"}
-    rows = [answers.get(place, missing) for place in range(count)]
+    rows = [answers.get(place) or _unasked(prompt) for place, prompt in enumerate(prompts)]
     texts = [_embedding(row) if embed else row.get("answer") for row in rows]
     return {
         into: texts,
         **{f"{into}_{name}": [row.get(source) for row in rows] for name, source in ADDED.items()},
     }
+
+
+def _unasked(prompt: object) -> dict[str, Any]:
+    # pandas has several words for what is missing; none of them equals itself.
+    missing = prompt is None or isinstance(prompt, str) or bool(_differs(prompt))
+    fault = "missing or empty" if missing else f"{type(prompt).__name__} and not text"
+    return {"error": f"the prompt is {fault}"}
+
+
+def _differs(value: Any) -> bool:
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError):  # pandas' NA is neither; an array is many
+        return type(value).__name__ == "NAType"
+
+
+def _kinds(into: str) -> dict[str, str]:
+    kinds = {"similarity": "number", "seconds": "number"}
+    kinds |= {"prompt_tokens": "count", "completion_tokens": "count"}
+    return {f"{into}_{name}": kinds.get(name, "text") for name in ADDED}
 
 
 def _embedding(row: dict[str, Any]) -> list[float] | None:
@@ -157,6 +177,9 @@ def _prompts(frame: Any, column: str) -> list[object]:
     names = list(frame.column_names if _is_arrow(frame) else frame.columns)
     if column not in names:
         msg = f"is no column of the frame; it has {shown(names)}"
+        raise InvalidRequestError(msg, field="column", value=column)
+    if names.count(column) > 1:
+        msg = f"is the name of {names.count(column)} columns; rename all but one"
         raise InvalidRequestError(msg, field="column", value=column)
     if _is_arrow(frame):
         listed: list[object] = frame.column(column).to_pylist()
@@ -175,12 +198,19 @@ def _is_arrow(frame: object) -> bool:
     raise InvalidRequestError(msg, field="frame")
 
 
-def _with(frame: Any, columns: dict[str, list[Any]]) -> Any:
+def _with(frame: Any, columns: dict[str, list[Any]], kinds: dict[str, str]) -> Any:
     if not _is_arrow(frame):
         return frame.assign(**columns)
     arrow = parquet.pyarrow("pyarrow")
+    # Named, for a column without a single value has no type that could be found out.
+    types = {
+        "text": arrow.string(),
+        "number": arrow.float64(),
+        "count": arrow.int64(),
+        "embedding": arrow.list_(arrow.float64()),
+    }
     for name, values in columns.items():
-        made = arrow.array(values)
+        made = arrow.array(values, type=types[kinds[name]])
         place = frame.schema.get_field_index(name)
         frame = (
             frame.append_column(name, made) if place < 0 else frame.set_column(place, name, made)

@@ -2,7 +2,7 @@
 
 A row of the input either is a whole request, with the columns ``custom_id``, ``method``, ``url``
 and ``body`` (JSON text or a struct), or says in columns what to ask: ``prompt`` or ``messages``,
-and beside it any of ``system``, ``model`` and the sampling fields of `SAMPLED`.
+and beside it any of ``url``, ``system``, ``model`` and the sampling fields of `SAMPLED`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ ENDING = ".parquet"
 #: Columns that go into the body of a chat under their own names.
 SAMPLED = ("max_tokens", "temperature", "top_p", "seed", "stop")
 _CHAT = "/v1/chat/completions"
+#: Endpoints that take the text of the column ``prompt`` as it is, and under which name.
+_PLAIN = {"/v1/completions": "prompt", "/v1/embeddings": "input"}
 _AT_ONCE = 1024
 #: Column of an output that holds the line which a JSONL file would.
 LINE = "line"
@@ -62,7 +64,21 @@ def lines(path: str) -> Iterator[tuple[int, bytes]]:
         for group in file.iter_batches(batch_size=_AT_ONCE):
             for row in group.to_pylist():
                 number += 1
-                yield number, orjson.dumps(_request(number, row), default=str)
+                yield number, orjson.dumps(_request(number, _decoded(row)), default=str)
+
+
+def _decoded(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its bytes as text: many writers mark no column as such."""
+    if not any(isinstance(value, bytes) for value in row.values()):
+        return row
+    try:
+        return {
+            name: value.decode() if isinstance(value, bytes) else value
+            for name, value in row.items()
+        }
+    except UnicodeDecodeError:
+        rest = {name: value for name, value in row.items() if not isinstance(value, bytes)}
+        return {**rest, "body": "bytes that are not UTF-8"}
 
 
 def _check(path: str, names: list[str]) -> None:
@@ -75,21 +91,38 @@ def _check(path: str, names: list[str]) -> None:
 def _request(number: int, row: dict[str, Any]) -> dict[str, Any]:
     """Return a row as a line of OpenAI's; what is wrong with it is said when the line is read."""
     custom_id = row.get("custom_id")
+    url = row.get("url") or _CHAT
     line: dict[str, Any] = {
-        "custom_id": f"row-{number}" if custom_id is None else custom_id,
+        # Keys of tables are numbers more often than text.
+        "custom_id": _name(number if custom_id is None else custom_id, custom_id is None),
         "method": row.get("method") or "POST",
-        "url": row.get("url") or _CHAT,
+        "url": url,
     }
     if "body" in row:
         body = row["body"]
         return {**line, "body": _parsed(body) if isinstance(body, str) else _without_none(body)}
+    given = {name: row[name] for name in ("model", *SAMPLED) if row.get(name) is not None}
+    if row.get("messages") is None and not _is_asked(row.get("prompt")):
+        # Not a request without a prompt, which a model would answer with something.
+        return {**line, "body": "an empty prompt"}  # refused as a body that is no object
+    if (plain := _PLAIN.get(url)) is not None and row.get("messages") is None:
+        return {**line, "body": {plain: row["prompt"], **given}}
     messages = _without_none(row.get("messages"))
     if messages is None:
-        messages = [{"role": "user", "content": row.get("prompt")}]
+        messages = [{"role": "user", "content": row["prompt"]}]
     if row.get("system") is not None:
         messages = [{"role": "system", "content": row["system"]}, *messages]
-    given = {name: row[name] for name in ("model", *SAMPLED) if row.get(name) is not None}
     return {**line, "body": {"messages": messages, **given}}
+
+
+def _name(value: Any, made: bool) -> Any:
+    if made:
+        return f"row-{value}"
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _is_asked(prompt: object) -> bool:
+    return prompt is not None and not (isinstance(prompt, str) and not prompt.strip())
 
 
 def _parsed(text: str) -> Any:

@@ -99,6 +99,28 @@ async def test_whole_requests_in_parquet(
     assert wrong["error"] == "line 2: body must be an object, not 'no object'"
 
 
+async def test_parquet_as_tables_are(client: AsyncJobClient, worker: PlayedWorker, tmp_path: Path):
+    table = pa.table(
+        {
+            "custom_id": pa.array([7, 8, 9, 10, 11], "int64"),
+            "prompt": pa.array([b"one", None, b"\xff", b" ", b"vector"], "binary"),
+            "url": [None, None, None, None, "/v1/embeddings"],
+            "max_tokens": [5.0, float("nan"), None, None, None],
+        }
+    )
+    pq.write_table(table, tmp_path / "in.parquet")
+    await run(client, str(tmp_path / "in.parquet"), tmp_path / "out.parquet", ordered=True)
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [item["custom_id"] for item in found] == ["7", "8", "9", "10", "11"]
+    assert found[0]["answer"] == "ONE"
+    assert [item["error"] for item in found[1:4]] == [
+        "line 2: body must be an object, not 'an empty prompt'",
+        "line 3: body must be an object, not 'bytes that are not UTF-8'",
+        "line 4: body must be an object, not 'an empty prompt'",
+    ]
+    assert (await client.request(found[4]["job_id"]))["body"] == {"input": "vector"}
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -151,6 +173,17 @@ async def test_a_frame_of_pandas(settings: Settings, worker: PlayedWorker):
     assert len(worker.ran) == 2
 
 
+async def test_what_is_no_prompt_is_named(settings: Settings, worker: PlayedWorker):
+    prompts = [7, float("nan"), pd.NA, pd.NaT, b"one", ["one"]]
+    told = await mapped(settings, pd.DataFrame({"q": prompts}, index=[0] * 6), "q")
+    assert list(told["answer_error"]) == [
+        "the prompt is int and not text",
+        *["the prompt is missing or empty"] * 3,
+        "the prompt is bytes and not text",
+        "the prompt is list and not text",
+    ]
+
+
 async def test_a_frame_of_arrow(settings: Settings, worker: PlayedWorker):
     table = pa.table({"q": ["one", None, "three"]})
     told = await mapped(settings, table, "q", sampling={"temperature": 1, "seed": 4})
@@ -161,6 +194,12 @@ async def test_a_frame_of_arrow(settings: Settings, worker: PlayedWorker):
     # A second time into the same column takes its place.
     again = await mapped(settings, told, "q")
     assert again.column_names == told.column_names
+    # Parts of a table have the types of the whole, even where they hold nothing.
+    (batch,) = pa.table({"q": ["one"]}).to_batches()
+    for part in (batch, table.slice(1, 1), table.slice(0, 0)):
+        made = await mapped(settings, part, "q")
+        assert type(made) is type(part)
+        assert made.schema == told.schema
 
 
 async def test_what_is_wrong_with_a_frame_is_said_before_any_row_runs(
@@ -169,6 +208,7 @@ async def test_what_is_wrong_with_a_frame_is_said_before_any_row_runs(
     frame = pd.DataFrame({"q": ["one"]})
     for words, named, says in (
         ((frame, "p"), {}, "column: is no column of the frame; it has"),
+        ((pd.concat([frame, frame], axis=1), "q"), {}, "is the name of 2 columns; rename"),
         (([1], "q"), {}, "frame: must be a pandas DataFrame"),
         ((frame, "q"), {"sampling": {"temperatur": 1}}, "did you mean 'temperature'"),
     ):
