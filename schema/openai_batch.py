@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 MAX_LINE_BYTES = 16 * 1024 * 1024
 _FIELDS = ("custom_id", "method", "url", "body")
 _MAX_ID_CHARS = 512
+_OTHER_KINDS = {
+    b"\x1f\x8b": ("compressed by gzip", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", ".zst"),
+    b"PAR1": ("a Parquet file", ".parquet"),
+}
 _BOM = b"\xef\xbb\xbf"
 # HTTP's own words for jobs that ended without an answer and without a status of vLLM's.
 _STATUS_CODES = {JobState.CANCELLED: 499, JobState.EXPIRED: 408, JobState.FAILED: 500}
@@ -147,6 +152,9 @@ class BatchParser:
 
 
 def _not_json(line: bytes, exc: orjson.JSONDecodeError) -> str:
+    for mark, (kind, ending) in _OTHER_KINDS.items():
+        if line.startswith(mark):
+            return f"is {kind}; give it a name that ends in {ending}, or unpack it first"
     try:
         line.decode()
     except UnicodeDecodeError as wrong:

@@ -393,13 +393,14 @@ class AsyncJobClient:
             group: The group; each result goes to one of its members.
             consumer: This member: the same name after a restart, and nobody else's.
             namespace: Tenant; the settings' own unless told.
-            cursor: Where a new group begins; unless told with the oldest result kept.
+            cursor: Where a new group begins; unless told with the oldest result kept. One that is
+                there goes on where it was, unless it is told to `replay`.
 
         The group is registered in Postgres, if this client has it, and otherwise by the workers
         within seconds: from then on it gets what it has not acknowledged even if Redis loses it.
 
         Returns:
-            An endless async iterator of deliveries, with `ack`; repeats are dropped.
+            An endless async iterator of deliveries, with `ack` and `replay`; repeats are dropped.
 
         Raises:
             InvalidRequestError: `cursor` is no place in a channel.

@@ -197,7 +197,7 @@ class JobClient:
 
 
 class Results:
-    """An endless iterator of deliveries on a channel, with `ack`.
+    """An endless iterator of deliveries on a channel, with `ack` and `replay`.
 
     Args:
         thread: Runs what has to be waited for.
@@ -215,3 +215,7 @@ class Results:
     def ack(self, *deliveries: Delivery) -> None:
         """Say that these are done with; see `ChannelConsumer.ack`."""
         self._thread.run(self._consumer.ack(*deliveries))
+
+    def replay(self, cursor: str = START) -> None:
+        """Have the group be given again what came after a cursor; see `ChannelConsumer.replay`."""
+        self._thread.run(self._consumer.replay(cursor))

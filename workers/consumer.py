@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from workers.cancellation import heed_cancellation
-from workers.cursors import START
+from workers.cursors import START, checked_cursor
 from workers.streams import (
     Delivery,
     Entry,
@@ -85,6 +85,23 @@ class ChannelConsumer:
         for key in keys:
             if key in self._seen:
                 self._seen[key] = set()
+
+    async def replay(self, cursor: str = START) -> None:
+        """Have the group be given again what stands behind a cursor, acknowledged or not.
+
+        Args:
+            cursor: Of the last delivery that is not wanted again; `START` is before the oldest
+                result kept.
+
+        Raises:
+            InvalidRequestError: It is no place in a channel.
+            BrokerUnavailableError: Redis failed: the group stands where it stood.
+        """
+        checked_cursor(cursor)
+        await self._create_group()
+        with broker_errors("replaying a channel"):
+            await self.redis.xgroup_setid(self.stream, self.group, cursor)
+        self._seen.clear()
 
     async def _ack_entries(self, cursors: Sequence[str | bytes]) -> None:
         if cursors:

@@ -147,6 +147,28 @@ async def test_what_was_not_acknowledged_comes_again_after_a_restart(
     assert again == found[1:]
 
 
+async def test_a_group_goes_back_to_a_cursor(channel: ResultChannel, namespace: str):
+    results = [outcome(namespace) for _ in range(4)]
+    await channel.publish([("c", result) for result in results])
+    consumer = channel.consume(namespace, "c", "g", "me", block_s=0.05)
+    found = await take(consumer, 4)
+    await consumer.ack(*found)
+    await consumer.replay(found[1].cursor)
+    again = await take(consumer, 2)
+    assert again == found[2:]
+    await consumer.ack(*again)
+    await consumer.replay()
+    assert await take(consumer, 4) == found
+    await consumer.ack(*found)
+    assert await nothing_more(consumer)
+    # A group that is new, and a member that has just come.
+    fresh = channel.consume(namespace, "c", "another", "me", block_s=0.05)
+    await fresh.replay(found[2].cursor)
+    assert await take(fresh, 1) == found[3:]
+    with pytest.raises(InvalidRequestError, match="is not a stream position"):
+        await consumer.replay("yesterday")
+
+
 async def test_what_a_dead_member_left_is_taken_over(channel: ResultChannel, namespace: str):
     await channel.publish([("c", outcome(namespace)) for _ in range(3)])
     found = await take(channel.consume(namespace, "c", "g", "dead"), 3)

@@ -126,9 +126,15 @@ def run(
         _worker(settings, start=not no_worker),
         _progress(source) as show,
     ):
-        summary: BatchProgress = _with_client(
-            settings, lambda client: run_batch(client, source, output, options, on_progress=show)
-        )
+
+        async def work(client: AsyncJobClient) -> BatchProgress:
+            if not await client.served_models():
+                say(
+                    "no worker is known to run, and rows wait for one; start it with: promptmill up"
+                )
+            return await run_batch(client, source, output, options, on_progress=show)
+
+        summary: BatchProgress = _with_client(settings, work)
     if as_json and output != "-":
         print_json(summary.summary())
     else:
