@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 _IDLE_LOOK_S = 0.02
-_STORED_REMEMBERED = 100_000  # answers known to be in Postgres
+_STORED_REMEMBERED = 20_000  # answers known to be in Postgres; twice what the memory tier has
 _STOPPED = {
     Stopped.CANCELLED: (JobState.CANCELLED, "JobCancelled", "cancelled while it ran"),
     Stopped.EXPIRED: (JobState.EXPIRED, "DeadlinePassed", "its deadline passed while it ran"),

@@ -61,6 +61,7 @@ class FileRun:
     seconds: float
     client_mb: float  # resident memory at its highest
     worker_mb: float
+    worker_grew_mb: float  # beyond what it held when it was ready, before its first row
     processor_us: float  # a row, all parts together
 
     @property
@@ -107,6 +108,7 @@ def _of_files(runs: Sequence[FileRun]) -> list[Figure]:
             ("processor", run.processor_us, "µs/row", None),
             ("client_memory", run.client_mb, "MB", 300.0),
             ("worker_memory", run.worker_mb, "MB", None),
+            ("worker_growth", run.worker_grew_mb, "MB", 200.0),
         )
     ]
 
@@ -137,13 +139,14 @@ async def _measure(
             async for run in _stores(system, folder, stored):
                 found.stores.append(run)
         async with deployed(stand_in=True) as system:
+            ready_mb = _resident_mb(system.worker)
             for rows in files:
-                found.files.append(await _file(system, folder, rows))
+                found.files.append(await _file(system, folder, rows, ready_mb))
                 so_far(found)
     return found
 
 
-async def _file(system: Deployed, folder: Path, rows: int) -> FileRun:
+async def _file(system: Deployed, folder: Path, rows: int, ready_mb: float) -> FileRun:
     source = folder / f"{rows}.jsonl"
     _write(source, rows, start=0)
     peak = _Peak(system)
@@ -156,6 +159,7 @@ async def _file(system: Deployed, folder: Path, rows: int) -> FileRun:
         seconds=took,
         client_mb=peak.client_mb,
         worker_mb=peak.worker_mb,
+        worker_grew_mb=peak.worker_mb - ready_mb,
         processor_us=spent / rows * 1e6,
     )
     say(f"{rows} rows: {run.rate:.0f} a second")
@@ -204,9 +208,13 @@ class _Peak:
             await asyncio.sleep(0.2)
 
     def _look(self) -> None:
-        client, worker = (process.memory_info().rss / 1e6 for process in self._processes)
+        client, worker = map(_resident_mb, self._processes)
         self.client_mb = max(self.client_mb, client)
         self.worker_mb = max(self.worker_mb, worker)
+
+
+def _resident_mb(process: psutil.Process) -> float:
+    return float(process.memory_info().rss / 1e6)
 
 
 async def _stores(system: Deployed, folder: Path, sizes: Sequence[int]) -> AsyncIterator[StoreRun]:

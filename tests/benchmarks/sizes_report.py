@@ -33,7 +33,7 @@ def write_report(folder: Path, found: Sizes) -> None:
 def _page(found: Sizes) -> str:
     files = "\n".join(
         f"| {run.rows:,} | {run.rate:,.0f} | {run.processor_us:,.0f} | {run.client_mb:,.0f} | "
-        f"{run.worker_mb:,.0f} |"
+        f"{run.worker_mb:,.0f} | {run.worker_grew_mb:,.0f} |"
         for run in found.files
     )
     stores = "\n".join(
@@ -52,10 +52,11 @@ with other things; the processor time is not, or hardly.
 ![Rows a second](img/{_IMAGE})
 
 A batch file of so many different rows, none seen before, from its first row read to its last line
-written; memory is the highest that was resident.
+written, one file after the other by the same worker. Memory is the highest that was resident; the
+growth is what the worker holds beyond that when it was ready, its caches of answers included.
 
-| rows | rows a second | processor time a row, all parts, µs | client MB | worker MB |
-|---:|---:|---:|---:|---:|
+| rows | rows a second | processor time a row, all parts, µs | client MB | worker MB | growth, MB |
+|---:|---:|---:|---:|---:|---:|
 {files}
 
 3,000 rows against a store that holds so many answers already: none of the rows among them

@@ -46,7 +46,7 @@ class CacheConfig(_Values):
         5.0, ge=0, description="seconds to wait for another worker's answer to the same; 0 is never"
     )
     memory_entries: int = Field(10_000, ge=0, description="answers in the memory tier")
-    memory_bytes: int = Field(256 * 2**20, ge=0, description="bytes the memory tier may hold")
+    memory_bytes: int = Field(64 * 2**20, ge=0, description="bytes the memory tier may hold")
     memory_ttl_s: Seconds = Field(300.0, description="seconds an answer stays in memory")
 
 
