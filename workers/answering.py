@@ -279,7 +279,8 @@ def refused(job: ClaimedJob, error: InvalidRequestError) -> Outcome:
             message=str(error),
             field=error.field,
             value=error.value,
-            status_code=400,
+            # As vLLM's server answers for a model that it does not have.
+            status_code=404 if isinstance(error, UnknownModelError) else 400,
         ),
     )
 

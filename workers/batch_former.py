@@ -232,8 +232,11 @@ def in_order(path: Path, order: array[int]) -> Iterator[bytes]:
         for line in lines:
             row = orjson.loads(line)
             number = own(row).get("line")
-            key = id_digest(row["custom_id"]) if number is None else _bad_key(number)
-            if (place := places.get(key)) is None:
+            place = None if number is None else places.get(_bad_key(number))
+            # A row may be found wrong after it was read, too.
+            if place is None and row["custom_id"] is not None:
+                place = places.get(id_digest(row["custom_id"]))
+            if place is None:
                 others.append(start)
             else:
                 starts[place] = start

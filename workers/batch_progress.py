@@ -71,7 +71,7 @@ class BatchProgress:
         if result.status is not JobState.DONE:
             self.failed += 1
             return
-        origin = Provenance.COALESCED if twin else _origin(result)
+        origin = Provenance.COALESCED.value if twin else _origin(result)
         self.provenance[origin] += 1
         prompt, completion = _tokens(result)
         self.prompt_tokens += prompt
@@ -109,7 +109,7 @@ class BatchProgress:
 
 
 def _origin(result: JobResult) -> str:
-    return str(result.metadata.get("provenance") or Provenance.GENERATED)
+    return str(result.metadata.get("provenance") or Provenance.GENERATED.value)
 
 
 def _tokens(result: JobResult) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
+import orjson
 import pytest
 import zstandard
 from pydantic import SecretStr
@@ -495,6 +496,7 @@ async def test_rows_that_ask_the_same_are_one_job(
     assert len(worker.ran) == 4  # one greedy, one seeded, and each of the sampled
     assert summary.provenance == {"generated": 4, "coalesced": 6}
     assert summary.cached_share == 0.6
+    assert orjson.loads(orjson.dumps(summary.summary()))["provenance"]["coalesced"] == 6
     assert out["greedy3"]["promptmill"]["provenance"] == "coalesced"
     assert len({out[f"greedy{n}"]["promptmill"]["job_id"] for n in range(5)}) == 1
     worker.ran.clear()

@@ -208,7 +208,8 @@ def test_an_order_that_was_asked_for_holds_across_interruptions(tmp_path: Path) 
     parsed.insert(2, bad)
     for line in parsed:
         output.expect(line)
-    for new in (answered(c), error_line(bad), answered(a)):
+    late = BadLine(number=4, message="line 4: body: is too long", custom_id="c")
+    for new in (error_line(late), error_line(bad), answered(a)):
         output.write(new)
     output.complete()
     assert names_of(path) == ["a", "b", None, "c", "d", "of another input"]

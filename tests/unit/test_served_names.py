@@ -89,4 +89,5 @@ async def test_a_body_that_names_another_model_than_its_job_is_refused(
         assert outcome.result.status is JobState.FAILED
         assert outcome.result.error is not None
         assert outcome.result.error.type == "UnknownModelError"
+        assert outcome.result.error.status_code == 404
     assert played.bodies == []
