@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 JobName = JobRef | UUID | str
 
 
+# Jobs that are queued once more in one statement, so that no lock is held for long.
+_RETRY_AT_ONCE = 10_000
+
+
 class AsyncJobClient:
     """Submits jobs and reads their results.
 
@@ -333,18 +337,24 @@ class AsyncJobClient:
         refs = [self._ref(job, namespace) for job in jobs]
         store = (await self.connection()).store("running jobs once more")
         sender = await self._get_sender()
-        again: list[UUID] = []
+        again: dict[UUID, None] = {}
         tenants = {ref.namespace for ref in refs} or {namespace or self.settings.namespace}
         for tenant in sorted(tenants):
-            addresses = await store.retry(
-                tenant,
-                ids=[ref.id for ref in refs if ref.namespace == tenant] or None,
-                batch_id=batch_id,
-                states=[_state(state) for state in states],
-            )
-            await sender.send_again(addresses)
-            again += [address.id for address in addresses]
-        return again
+            more = True
+            while more:
+                addresses = await store.retry(
+                    tenant,
+                    ids=[ref.id for ref in refs if ref.namespace == tenant] or None,
+                    batch_id=batch_id,
+                    states=[_state(state) for state in states],
+                    limit=_RETRY_AT_ONCE,
+                )
+                await sender.send_again(addresses)
+                # One that has failed again by now is not run a third time.
+                fresh = [address.id for address in addresses if address.id not in again]
+                again |= dict.fromkeys(fresh)
+                more = len(addresses) == _RETRY_AT_ONCE and bool(fresh)
+        return list(again)
 
     async def jobs(
         self,

@@ -225,6 +225,17 @@ def test_rows_that_are_run_once_more_make_a_batch_unfinished_again(
     assert len((tmp_path / "out").read_text().splitlines()) == 3
 
 
+def test_all_rows_of_a_batch_are_run_once_more(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("workers.aio_client._RETRY_AT_ONCE", 2)
+    rows = [f"fail {n}" for n in range(5)]
+    batch = command("batch", "submit", batch_file(tmp_path / "in", rows))
+    command.work()
+    assert len(command.json("jobs", "retry", "--batch", batch, "--state", "failed")) == 5
+    assert command.json("batch", "status", batch)["states"]["queued"] == 5
+
+
 def test_a_batch_is_shown_as_openai_shows_it(command: Command, tmp_path: Path):
     found = command.json("batch", "submit", batch_file(tmp_path / "in", ["a"]))
     assert openai.types.Batch.model_validate(found).request_counts
