@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from schema.errors import BrokerUnavailableError, DatabaseUnavailableError
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchOptions", "BatchProgress", "run_batch"]
 
+# What decides which job a row is; an interrupted run goes on with its own unless told otherwise.
+_RULES = ("max_tokens", "schema", "model")
 _BLOCK_S = 0.5
 # With no result for so long, Postgres is asked: what is stored there may never be announced.
 _SILENCE_S = 5.0
@@ -79,7 +81,9 @@ async def run_batch(
             resume=options.resume,
             redo=options.redo,
             ordered=options.ordered,
+            rules={name: getattr(options, name) for name in _RULES},
         )
+        options = replace(options, **output.rules)
         try:
             run = _Run(client, await client.connection(), rows, output, options, on_progress)
             summary = await run.run(source)

@@ -41,6 +41,8 @@ class BatchOutput:
         resume: Whether to go on with what an earlier run left.
         redo: Rows of the earlier run to be answered anew.
         ordered: Whether `expect` is told of every row, and their lines are to stand as they do.
+        rules: How rows are treated, as JSON types. One that is None is taken from the run that is
+            gone on with: else its rows under way would be other jobs, and run twice.
 
     Raises:
         InvalidFileError: It cannot be written, another run is writing it, or it is the input.
@@ -56,11 +58,13 @@ class BatchOutput:
         resume: bool = False,
         redo: Redo | None = None,
         ordered: bool = False,
+        rules: dict[str, Any] | None = None,
     ) -> None:
         check_outputs(path, errors, source)
         self.path = path
         self.batch_id: UUID = uuid4()
         self.kept = Kept()
+        self.rules = dict(rules or {})
         self._order: array[int] | None = array("Q") if ordered and (resume or redo) else None
         self._errors_path = errors
         self._apart: BinaryIO | None = None  # takes failed lines beside a stream
@@ -194,7 +198,12 @@ class BatchOutput:
             self._file.truncate(0)
         else:
             self._take_up(source, identity, redo)
-        note = {"v": 1, "batch_id": str(self.batch_id), "input": identity}
+        note = {
+            "v": 1,
+            "batch_id": str(self.batch_id),
+            "input": identity,
+            "rules": self.rules,
+        }
         former.write_journal(self._journal, note)
 
     def _take_up(
@@ -205,6 +214,10 @@ class BatchOutput:
         # Other rows under the same names, or the same rows wanted anew, are other jobs.
         if note and is_same and not redo:
             self.batch_id = UUID(note["batch_id"])
+        if note and is_same:
+            former_rules = note.get("rules") or {}
+            for name, value in self.rules.items():
+                self.rules[name] = former_rules.get(name) if value is None else value
         questions = None
         if source is not None and identity is not None and not is_same:
             questions = former.questions_of(source)

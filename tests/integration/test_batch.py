@@ -262,7 +262,7 @@ async def test_an_interrupted_run_goes_on_to_the_row(
     worker.most = 25
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(3):
-            await run_batch(client, source, str(tmp_path / "out"))
+            await run_batch(client, source, str(tmp_path / "out"), BatchOptions(max_tokens=77))
     assert not (tmp_path / "out").exists()
     with (tmp_path / "out.partial").open("ab") as torn:
         torn.write(b'{"id": "torn", "custom')
@@ -274,6 +274,8 @@ async def test_an_interrupted_run_goes_on_to_the_row(
     assert read(tmp_path / "out").keys() == {*(f"r{n}" for n in range(60)), None}
     assert sorted(worker.ran) == sorted(f"r{n}" for n in range(60))
     assert summary.kept > 0
+    bodies = [line["response"]["body"] for line in read(tmp_path / "out").values()]
+    assert [body["max_tokens"] for body in bodies if "say" in body] == [77] * 60
     # Nothing is left to do, and nothing is lost by asking.
     before = (tmp_path / "out").read_text()
     summary = await run(client, source, tmp_path / "out", resume=True)

@@ -194,6 +194,15 @@ def test_an_interrupted_run_goes_on_as_the_same_batch(
     assert begun(source, path, resume=True).batch_id == first.batch_id
 
 
+def test_an_interrupted_run_goes_on_by_its_own_rules_unless_told_otherwise(tmp_path: Path) -> None:
+    source, path = write(tmp_path / "in", *rows("a")), tmp_path / "out"
+    begun(source, path, rules={"max_tokens": 9, "model": "m"}).close()
+    again = begun(source, path, resume=True, rules={"max_tokens": None, "model": "n"})
+    assert again.rules == {"max_tokens": 9, "model": "n"}
+    again.close()
+    assert begun(source, path, rules={"max_tokens": None}).rules == {"max_tokens": None}
+
+
 def test_an_order_that_was_asked_for_holds_across_interruptions(tmp_path: Path) -> None:
     a, b, c, d = rows("a", "b", "c", "d")
     source, path = write(tmp_path / "in", a, b, c, d), tmp_path / "out"
