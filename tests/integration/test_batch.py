@@ -438,6 +438,20 @@ async def test_progress_is_shown_to_people_and_to_nobody_else(
     assert line.endswith("1 failed")
 
 
+async def test_a_run_that_begins_an_interrupted_one_anew_says_so(
+    settings: Settings, worker: PlayedWorker, tmp_path: Path
+):
+    source, target = write(tmp_path / "in", [row("r0")]), tmp_path / "out"
+    (tmp_path / "out.partial").write_text('{"custom_id": "before"}\n')
+    process = await command(settings, source, "-o", str(target))
+    async with asyncio.timeout(60):
+        _, said = await process.communicate()
+    assert process.returncode == 0, said
+    assert "out.partial of a run that was interrupted is begun anew" in said.decode()
+    assert read(target).keys() == {"r0"}
+    assert worker.ran == ["r0"]
+
+
 def _read_terminal(shown: int) -> str:
     parts = []
     with contextlib.suppress(OSError):  # the other end is closed

@@ -122,7 +122,7 @@ def run(
     check_outputs(output, errors, source)
     settings = settings_with()
     with (
-        _resumable(output),
+        _resumable(output, anew=not resume and retry is None),
         _worker(settings, start=not no_worker),
         _progress(source) as show,
     ):
@@ -338,13 +338,16 @@ def _worker(settings: Settings, *, start: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _resumable(output: str) -> Iterator[None]:
-    """Say, when a run ends before its end, what is safe and how to go on."""
+def _resumable(output: str, *, anew: bool) -> Iterator[None]:
+    """Say, when a run ends before its end, what is safe and how to go on; and if nobody does."""
+    partial = Path(f"{output}.partial")
+    named = output != "-"
+    if anew and named and partial.is_file() and partial.stat().st_size:
+        say(f"{partial} of a run that was interrupted is begun anew; --resume would go on with it")
     try:
         yield
     except (KeyboardInterrupt, ServiceError):
-        partial = Path(f"{output}.partial")
-        if output != "-" and partial.exists():
+        if named and partial.exists():
             say(f"what is in {partial} is safe, and --resume goes on from there")
         raise
 
