@@ -20,6 +20,7 @@ import orjson
 
 from schema.errors import InvalidFileError
 from schema.openai_batch import BadLine, BatchLine, BatchParser, id_digest
+from workers.batch_forms import dropped_on_failure
 from workers.batch_input import BROKEN, lines_of, open_input
 from workers.batch_order import asked
 
@@ -197,14 +198,11 @@ def replaced(path: Path, file: BinaryIO, lines: Iterable[bytes]) -> BinaryIO:
     made = Path(f"{path}.new")
     made.unlink(missing_ok=True)
     fresh = lock(made)
-    try:
+    with dropped_on_failure(made):
         fresh.writelines(lines)
         fresh.flush()
         os.fsync(fresh.fileno())
         made.replace(path)
-    except BaseException:
-        made.unlink(missing_ok=True)
-        raise
     file.close()
     return fresh
 
@@ -271,12 +269,9 @@ def write_journal(journal: Path, note: dict[str, Any]) -> None:
     if read_journal(journal) == note:
         return
     made = Path(f"{journal}.new")
-    try:
+    with dropped_on_failure(made):
         made.write_bytes(orjson.dumps(note))
         made.replace(journal)
-    except OSError:
-        made.unlink(missing_ok=True)
-        raise
 
 
 def own(row: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ import structlog
 from schema.errors import BrokerUnavailableError, PromptmillError
 from schema.names import DEFAULT_PRIORITY
 from workers import windows
-from workers.cancellation import heed_cancellation
+from workers.cancellation import end, heed_cancellation
 from workers.queue_marks import living_workers
 from workers.store.locks import DISPATCH, leading
 from workers.store.release import hold_again, release, standing, waiting
@@ -94,9 +93,7 @@ class Dispatcher:
     async def aclose(self) -> None:
         """Stop; idempotent. Another worker's takes over."""
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
             self._task = None
 
     def window(self, model: str) -> int:
