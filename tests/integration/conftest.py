@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import psycopg
 import pytest
+import redis
 from psycopg import sql
 from sqlalchemy.engine import make_url
 
@@ -84,6 +85,20 @@ def database_url(cluster: Cluster, migrated_template: str) -> Iterator[str]:
     name = cluster.create(template=migrated_template)
     yield cluster.url_of(name)
     cluster.drop(name)
+
+
+@pytest.fixture
+def own_redis_url(stack: LocalStack) -> Iterator[str]:
+    """Address of an empty database of the stack's Valkey, of this test's own.
+
+    A worker takes care of messages that dead ones hold. On the database that all tests share those
+    are of other tests, whose jobs would get rows in this test's Postgres database.
+    """
+    url = f"{stack.redis_url}?db=7"
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+        yield url
+        client.flushdb()
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from tests.integration.builders import admit, claimed, number, outcome, spec
 from workers.channel import ResultChannel
 from workers.connection import open_redis
 from workers.data_loss import DataLoss
-from workers.local import LocalStack
 from workers.publishing import Publisher
 from workers.store.database import Database
 from workers.store.jobs import JobStore
@@ -28,12 +27,9 @@ KEEP_S = 3600.0
 
 
 @pytest.fixture
-async def redis(stack: LocalStack) -> AsyncIterator[Redis]:
-    """A database of the stack's Valkey that may be flushed."""
-    client = open_redis(f"{stack.redis_url}?db=7")
-    await client.flushdb()
+async def redis(own_redis_url: str) -> AsyncIterator[Redis]:
+    client = open_redis(own_redis_url)
     yield client
-    await client.flushdb()
     await client.aclose()
 
 

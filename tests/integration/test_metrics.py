@@ -24,7 +24,6 @@ from workers import series
 from workers.backlog import Backlog, SharedBacklog
 from workers.connection import open_redis
 from workers.endpoints import Endpoints
-from workers.local import LocalStack
 from workers.metrics_server import MetricsServer
 from workers.pipeline import Pipeline
 from workers.queue_marks import living_workers, shine
@@ -108,20 +107,16 @@ def _melt() -> Iterator[None]:
 
 
 @pytest.fixture
-async def redis(stack: LocalStack) -> AsyncIterator[Redis]:
-    redis = open_redis(stack.redis_url)
-    await redis.delete(names.BACKLOG, names.BACKLOG_LOCK)
+async def redis(own_redis_url: str) -> AsyncIterator[Redis]:
+    redis = open_redis(own_redis_url)
     yield redis
-    # What a worker of this test said of itself is not of the next one.
-    async for key in redis.scan_iter(match=names.worker_key(f"{MODEL}@*")):
-        await redis.delete(key)
     await redis.aclose()
 
 
 @pytest.fixture
-async def workers(stack: LocalStack, database_url: str, redis: Redis) -> AsyncIterator[Any]:
+async def workers(own_redis_url: str, database_url: str, redis: Redis) -> AsyncIterator[Any]:
     """Starts workers, and ends them."""
-    endpoints = Endpoints(redis_url=stack.redis_url, database_url=database_url)
+    endpoints = Endpoints(redis_url=own_redis_url, database_url=database_url)
     async with AsyncExitStack() as running:
 
         async def start(**settings: Any) -> Pipeline:

@@ -21,7 +21,6 @@ from workers.cache.memory import MemoryCache
 from workers.channel import ResultChannel
 from workers.connection import open_redis
 from workers.endpoints import Endpoints
-from workers.local import LocalStack
 from workers.pipeline import Pipeline
 from workers.runtime import worker_runtime
 from workers.serving import ServedModel
@@ -66,9 +65,9 @@ def _melt() -> Iterator[None]:
 
 
 @pytest.fixture
-async def start(stack: LocalStack, database_url: str) -> AsyncIterator[Callable[..., Any]]:
+async def start(own_redis_url: str, database_url: str) -> AsyncIterator[Callable[..., Any]]:
     """Starts workers on this test's database, and ends them."""
-    endpoints = Endpoints(redis_url=stack.redis_url, database_url=database_url)
+    endpoints = Endpoints(redis_url=own_redis_url, database_url=database_url)
     async with AsyncExitStack() as workers:
 
         async def start(engine: PlayedEngine) -> Pipeline:
@@ -93,11 +92,11 @@ async def until(met: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_every_worker_forgets_at_once(start: Callable[..., Any], stack: LocalStack) -> None:
+async def test_every_worker_forgets_at_once(start: Callable[..., Any], own_redis_url: str) -> None:
     workers = [PlayedEngine(), PlayedEngine()]
     for worker in workers:
         await start(worker)
-    redis = open_redis(stack.redis_url)
+    redis = open_redis(own_redis_url)
     # A worker forgets all when it begins to listen; what comes later is what counts.
     await until(lambda: all(worker.listening for worker in workers))
     doomed, other = answer(tags=("t",), namespace=MODEL), answer(namespace=MODEL)
@@ -137,7 +136,7 @@ async def test_hits_of_jobs_are_counted(
 async def test_a_heartbeat_between_commit_and_publication_stops_nothing(
     start: Callable[..., Any],
     job_store: JobStore,
-    stack: LocalStack,
+    own_redis_url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The job runs no longer then, and its lease is not lost for that."""
@@ -166,7 +165,7 @@ async def test_a_heartbeat_between_commit_and_publication_stops_nothing(
         await pipeline.run_message(
             JobMessage(ids=tuple(ids), namespace="default", sent_at=time.time())
         )
-    redis = open_redis(stack.redis_url)
+    redis = open_redis(own_redis_url)
     delivered = await ResultChannel(redis).read("default", "beaten")
     await redis.aclose()
     assert [delivery.result.job_id for delivery in delivered] == ids
@@ -205,7 +204,7 @@ class RecallingEngine(PlayedEngine):
 
 
 async def test_repeats_need_no_run(
-    start: Callable[..., Any], database: Database, job_store: JobStore, stack: LocalStack
+    start: Callable[..., Any], database: Database, job_store: JobStore, own_redis_url: str
 ) -> None:
     """They are committed, published and counted as all others, until the answer is forgotten."""
     engine = RecallingEngine()
@@ -228,7 +227,7 @@ async def test_repeats_need_no_run(
     assert all(result.metadata["processing_time"]["total"] >= 0 for result in again)
     assert all(result.metadata["tokens"] == first.metadata["tokens"] for result in again)
     # What is read from the channel is what was stored, and it is noted that it is there.
-    redis = open_redis(stack.redis_url)
+    redis = open_redis(own_redis_url)
     delivered = await ResultChannel(redis).read("default", "c")
     await redis.aclose()
     own = {result.job_id: result for result in again}

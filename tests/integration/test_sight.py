@@ -34,7 +34,6 @@ from workers.store.jobs import JobStore
 from workers.tracing import Tracing
 
 if TYPE_CHECKING:
-    from workers.local import LocalStack
     from workers.observation import Observation
 
 MODEL = f"m{uuid4().hex}"
@@ -122,10 +121,10 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 async def worker(
-    stack: LocalStack, database_url: str, database: Database, job_store: JobStore
+    own_redis_url: str, database_url: str, database: Database, job_store: JobStore
 ) -> AsyncIterator[Any]:
     """Starts a worker on this test's database."""
-    endpoints = Endpoints(redis_url=stack.redis_url, database_url=database_url)
+    endpoints = Endpoints(redis_url=own_redis_url, database_url=database_url)
     async with AsyncExitStack() as running:
 
         async def start_engine(

@@ -17,24 +17,15 @@ from tests.integration.builders import number, spec
 from workers import AsyncJobClient, Settings
 from workers.app import make_app
 from workers.connection import open_redis
-from workers.local import LocalStack
 from workers.store.database import Database
 from workers.store.jobs import JobStore
 from workers.stranded import IN_HAND, IN_HAND_INDEX, Stranded
 
 
 @pytest.fixture
-def url(stack: LocalStack) -> str:
-    """A database of the stack's Valkey that may be flushed."""
-    return f"{stack.redis_url}?db=7"
-
-
-@pytest.fixture
-async def redis(url: str) -> AsyncIterator[Redis]:
-    client = open_redis(url)
-    await client.flushdb()
+async def redis(own_redis_url: str) -> AsyncIterator[Redis]:
+    client = open_redis(own_redis_url)
     yield client
-    await client.flushdb()
     await client.aclose()
 
 
@@ -44,13 +35,13 @@ def stranded(redis: Redis, job_store: JobStore) -> Stranded:
 
 
 async def test_jobs_in_dead_hands_get_rows(
-    url: str, stranded: Stranded, job_store: JobStore, database: Database
+    own_redis_url: str, stranded: Stranded, job_store: JobStore, database: Database
 ) -> None:
-    settings = Settings(redis_url=SecretStr(url), served_model_name="m")
+    settings = Settings(redis_url=SecretStr(own_redis_url), served_model_name="m")
     async with AsyncJobClient(settings) as alone:
         jobs = await alone.submit_many(["one", "two"], namespace="mine")
     assert await stranded.adopt() == 0  # nobody has taken the message
-    with make_app(settings, url, "m").connection_for_read() as connection:
+    with make_app(settings, own_redis_url, "m").connection_for_read() as connection:
         channel = connection.default_channel
         assert channel.basic_get(names.queue("m")) is not None
         assert await stranded.adopt() == 2
