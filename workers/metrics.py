@@ -50,6 +50,9 @@ class Meter(Protocol):
     def ended_unrun(self, result: JobResult) -> None:
         """A job was over when it was to be claimed: cancelled, expired or set aside."""
 
+    def passed_over(self, job: ClaimedJob) -> None:
+        """A job that was to be ended without a claim was no longer free, and a claim follows."""
+
     def put_back(self, job: ClaimedJob) -> None:
         """An attempt failed, and the job will be tried again."""
 
@@ -132,6 +135,10 @@ class WorkerMetrics:
     def ended_unrun(self, result: JobResult) -> None:
         """Count a job that was over when it was to be claimed."""
         self._jobs[result.status.value, "none"] += 1
+
+    def passed_over(self, job: ClaimedJob) -> None:
+        """Count nothing: others have it, or it is claimed next."""
+        self._claimed_at.pop((job.id, job.token), None)
 
     def put_back(self, job: ClaimedJob) -> None:
         """Count an attempt that failed."""

@@ -6,7 +6,8 @@ Read it from top to bottom:
    `Intake`.
 2. As engine slots free, jobs are claimed: a lease, and a fencing token that only grows.
 3. `_run` answers one job, while the lease keeper renews its lease. Requests that this worker knows
-   the answer to need no run: they skip to the next step, all of a group together.
+   the answer to need no run: they skip to the next step, all of a group together, and while nearly
+   all are such they need no claim either.
 4. `_commit_all`: one transaction for answer, embedding, NLP result and outcome.
 5. `_publish`: the outcome goes on its result channel, and is marked as published.
 6. `run_message` returns when all its jobs have ended, and Celery acknowledges the message.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -221,24 +222,33 @@ class Pipeline:
     async def _run_all(self, ids: list[UUID], priority: int) -> None:
         running: set[asyncio.Task[None]] = set()
         suspects: list[UUID] = []
+        by_claim = False  # whether repeats are claimed as well
         self._unclaimed += len(ids)
         try:
             while ids:
                 taken = await self._slots.take(len(ids), priority=priority)
                 group, ids = ids[:taken], ids[taken:]
                 self._no_longer_waiting(taken)
-                claim = await self._claim(group, taken)
+                found = [] if by_claim else await self._claimable(group)
                 claimed_at = time.time()
-                known = self._recall.outcomes(claim.jobs)
-                self._learn(len(claim.jobs), repeats=len(known))
-                for job in claim.jobs:
-                    if job.id not in known:
-                        self._start(job, running)
-                suspects += await self._left_alone(group, claim)
-                if known:
-                    self._slots.give(len(known))
-                    needless = [job for job in claim.jobs if job.id in known]
-                    await self._settle(needless, known, claimed_at=claimed_at)
+                repeats = self._repeats(found, unclaimed=True)
+                known = {job.id for job, _ in repeats}
+                rest = [job_id for job_id in group if job_id not in known]
+                started = 0
+                if rest:
+                    claim = await self._claim(rest)
+                    claimed_at = time.time()
+                    repeats += (more := self._repeats(claim.jobs, unclaimed=False))
+                    known = {job.id for job, _ in more}
+                    for job in claim.jobs:
+                        if job.id not in known:
+                            self._start(job, running)
+                            started += 1
+                    suspects += await self._left_alone(rest, claim)
+                self._learn(started + len(repeats), repeats=len(repeats))
+                if lost := await self._settle(repeats, claimed_at=claimed_at):
+                    ids, by_claim = [*lost, *ids], True
+                    self._unclaimed += len(lost)
             while running:
                 await asyncio.wait(running)
             await self._run_suspects(suspects, running)
@@ -297,14 +307,34 @@ class Pipeline:
             "look for suspects", lambda: self._jobs.suspects_among(left)
         )
 
-    async def _claim(self, ids: Sequence[UUID], taken: int) -> Claim:
+    async def _claimable(self, ids: Sequence[UUID]) -> list[ClaimedJob]:
+        """Read jobs that may be claimed, when nearly all are repeats and may need no claim."""
+        if not self._slots.nearly_all_repeat:
+            return []
+        try:
+            return await self._jobs.claimable(ids)
+        except DatabaseUnavailableError:
+            return []  # the claim waits for Postgres
+        except BaseException:
+            self._slots.give(len(ids))
+            raise
+
+    def _repeats(
+        self, jobs: Sequence[ClaimedJob], *, unclaimed: bool
+    ) -> list[tuple[ClaimedJob, Outcome]]:
+        """Return the jobs that need no run, with their outcomes; they need no slots."""
+        known = self._recall.outcomes(jobs, unclaimed=unclaimed)
+        self._slots.give(len(known))
+        return [(job, known[job.id]) for job in jobs if job.id in known]
+
+    async def _claim(self, ids: Sequence[UUID]) -> Claim:
         """Claim what can be claimed; slots that are not needed are given back."""
         try:
             claim = await self._patient_claim(ids, suspects=False)
         except BaseException:
-            self._slots.give(taken)
+            self._slots.give(len(ids))
             raise
-        self._slots.give(taken - len(claim.jobs))
+        self._slots.give(len(ids) - len(claim.jobs))
         await self._publish(claim.ended)
         return claim
 
@@ -319,13 +349,16 @@ class Pipeline:
                 ids, owner=self._rules.owner, lease_s=self._rules.lease_s, suspects=suspects
             ),
         )
-        for job in claim.jobs:
-            self._meter.claimed(job)
-            self.display.claimed(job)
+        self._taken_up(claim.jobs)
         for end in claim.ended:
             self._meter.ended_unrun(end.result)
             job_lines.ended_unrun(end.result)
         return claim
+
+    def _taken_up(self, jobs: Iterable[ClaimedJob]) -> None:
+        for job in jobs:
+            self._meter.claimed(job)
+            self.display.claimed(job)
 
     async def _run(self, job: ClaimedJob, slots: int) -> None:
         """Run one claimed job to its outcome; its slots are free again once it has an answer."""
@@ -345,34 +378,42 @@ class Pipeline:
                 self._recall.note(job, outcome)
 
     async def _settle(
-        self, jobs: Sequence[ClaimedJob], known: Mapping[UUID, Outcome], *, claimed_at: float
-    ) -> None:
-        """Commit and publish outcomes that needed no run, together."""
+        self, repeats: Sequence[tuple[ClaimedJob, Outcome]], *, claimed_at: float
+    ) -> list[UUID]:
+        """Commit and publish outcomes that needed no run, together.
+
+        Returns:
+            Jobs that were not claimed and could not be ended so: a claim finds out why.
+        """
+        if not repeats:
+            return []
         ends = [("wait", claimed_at), ("answer", time.time())]
-        with self._leases.hold_decided(jobs):
-            standing = await self._commit_all([(job, known[job.id]) for job in jobs])
+        self._taken_up(job for job, end in repeats if end.unclaimed)
+        with self._leases.hold_decided(job for job, end in repeats if not end.unclaimed):
+            standing = await self._commit_all(repeats)
             ends.append(("commit", time.time()))
             published = await self._publish(
                 [
-                    Delivery(channel=job.channel, result=known[job.id].result)
-                    for job in jobs
+                    Delivery(channel=job.channel, result=outcome.result)
+                    for job, outcome in repeats
                     if job.id in standing
                 ]
             )
             ends.append(("publish", time.time()))
-        traced = [job for job in jobs if self._tracing.wants(job.traceparent)]
-        if traced:
-            failed_at = None if published else "publish"
-            for job in traced:
-                lost = job.id not in standing
-                self._tracing.settled(
-                    job.traceparent,
-                    known[job.id],
-                    ends=ends[:-1] if lost else ends,
-                    failed_at="commit" if lost else failed_at,
-                    **_attributes(job),
-                )
-                await asyncio.sleep(0)  # making spans of hundreds must not hold up the loop
+        failed_at = None if published else "publish"
+        for job, outcome in repeats:
+            lost = job.id not in standing
+            if (lost and outcome.unclaimed) or not self._tracing.wants(job.traceparent):
+                continue
+            self._tracing.settled(
+                job.traceparent,
+                outcome,
+                ends=ends[:-1] if lost else ends,
+                failed_at="commit" if lost else failed_at,
+                **_attributes(job),
+            )
+            await asyncio.sleep(0)  # making spans of hundreds must not hold up the loop
+        return [job.id for job, end in repeats if end.unclaimed and job.id not in standing]
 
     def _span_of(self, job: ClaimedJob) -> AbstractContextManager[Any]:
         return self._tracing.job(job.traceparent, **_attributes(job))
@@ -460,8 +501,11 @@ class Pipeline:
             )
         for job, outcome in ended:
             if job.id not in standing:
-                self._meter.returned(job, "lease-lost")
-                job_lines.lost(job)
+                if outcome.unclaimed:
+                    self._meter.passed_over(job)
+                else:
+                    self._meter.returned(job, "lease-lost")
+                    job_lines.lost(job)
                 continue
             if outcome.answer is not None:
                 self._stored[outcome.answer.id] = True

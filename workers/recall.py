@@ -145,11 +145,14 @@ class Recall:
         if known.bytes <= _MOST_BYTES:
             self._known[key] = known
 
-    def outcomes(self, jobs: Iterable[ClaimedJob]) -> dict[UUID, Outcome]:
+    def outcomes(
+        self, jobs: Iterable[ClaimedJob], *, unclaimed: bool = False
+    ) -> dict[UUID, Outcome]:
         """Return the outcomes of those jobs that need no run.
 
         Args:
-            jobs: Just claimed.
+            jobs: Just claimed, or as a claim would return them.
+            unclaimed: The latter.
         """
         if not self._known:
             return {}
@@ -166,7 +169,7 @@ class Recall:
             answer = self._engine.recall(job.namespace, known.fingerprint)
             if answer is not None:
                 common["total"] = f"{time.perf_counter() - started:.6f}"
-                found[job.id] = self._outcome(job, known, answer, common, now)
+                found[job.id] = self._outcome(job, known, answer, common, now, unclaimed)
         return found
 
     def _outcome(
@@ -176,6 +179,7 @@ class Recall:
         answer: StoredAnswer,
         common: Mapping[str, str],
         now: datetime,
+        unclaimed: bool,
     ) -> Outcome:
         if known.answer is not answer or known.metadata_text is None:
             # More may be known of the answer than when it was given last.
@@ -213,6 +217,7 @@ class Recall:
             ),
             provenance=Provenance.EXACT,
             answer_id=answer.id,
+            unclaimed=unclaimed,
         )
 
 

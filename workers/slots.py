@@ -42,6 +42,11 @@ class Slots:
         """Places there are now."""
         return self.total + self._extra
 
+    @property
+    def nearly_all_repeat(self) -> bool:
+        """Whether nearly all jobs of late needed no run."""
+        return self._repeats > _NEARLY_ALL
+
     def claimed(self, jobs: int, *, repeats: int) -> None:
         """Note what some jobs turned out to be.
 
@@ -52,7 +57,7 @@ class Slots:
         if not jobs:
             return
         self._repeats += _MEMORY * (repeats / jobs - self._repeats)
-        extra = self._most_extra if self._repeats > _NEARLY_ALL else 0
+        extra = self._most_extra if self.nearly_all_repeat else 0
         added, self._extra = extra - self._extra, extra
         self.give(added)
 

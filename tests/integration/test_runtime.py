@@ -245,6 +245,66 @@ async def test_repeats_need_no_run(
     assert (engine.runs, anew.text) == (4, "Answer 4.")
 
 
+async def test_many_repeats_need_no_claim(
+    start: Callable[..., Any],
+    job_store: JobStore,
+    own_redis_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are read, ended and published; what is no repeat, or was taken, is claimed as ever."""
+    engine = RecallingEngine()
+    pipeline = await start(engine)
+    await until(lambda: engine.listening)
+    claimed: list[UUID] = []
+    claim, claimable = JobStore.claim, JobStore.claimable
+
+    async def watched(self: JobStore, ids: Any, **more: Any) -> Any:
+        claimed.extend(ids)
+        return await claim(self, ids, **more)
+
+    monkeypatch.setattr(JobStore, "claim", watched)
+
+    async def run(*specs: Any) -> list[Any]:
+        ids = await admit(job_store, *specs)
+        claimed.clear()
+        await pipeline.run_message(
+            JobMessage(ids=tuple(ids), namespace="default", sent_at=time.time())
+        )
+        found = await job_store.results("default", ids)
+        return [found.get(job_id) for job_id in ids]
+
+    for _ in range(20):
+        first, *_ = await run(spec(model=MODEL))
+    assert not claimed
+    mixed = await run(*(spec(model=MODEL, channel="c") for _ in range(5)), spec("New", model=MODEL))
+    assert claimed == [mixed[-1].job_id]
+    assert [result.text for result in mixed] == [first.text] * 5 + ["Answer 2."]
+    assert {result.token for result in mixed} == {1}
+    redis = open_redis(own_redis_url)
+    delivered = await ResultChannel(redis).read("default", "c")
+    await redis.aclose()
+    assert {d.result.job_id: d.result for d in delivered} == {r.job_id: r for r in mixed[:5]}
+
+    # Between being read and being ended one is taken by another worker, one is cancelled.
+    async def meanwhile(self: JobStore, ids: Any) -> Any:
+        found = await claimable(self, ids)
+        await claim(self, ids[:1], owner="another", lease_s=300)
+        await self.cancel("default", ids[1:2])
+        return found
+
+    for _ in range(3):
+        await run(spec(model=MODEL))
+    monkeypatch.setattr(JobStore, "claimable", meanwhile)
+    taken, cancelled, left = await run(*(spec(model=MODEL) for _ in range(3)))
+    assert taken is None
+    assert cancelled.status == "cancelled"
+    assert left.text == first.text
+    assert len(claimed) == 2
+    assert pipeline.running == 0
+    async with asyncio.timeout(10):
+        assert await pipeline._slots.take(pipeline._slots.places) == pipeline._slots.places
+
+
 async def test_a_repeat_that_others_hold_is_not_answered(
     start: Callable[..., Any], job_store: JobStore
 ) -> None:

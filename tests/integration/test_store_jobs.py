@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
 
 from schema.errors import IdempotencyConflictError, InvalidRequestError, QueueFullError
 from schema.jobs import JobError, JobState, OpenAIRequest, PromptRequest, Provenance
@@ -291,6 +292,78 @@ async def test_a_refused_outcome_leaves_no_answer(database: Database, job_store:
     refused = await job_store.finish([outcome(job, answer=answer())])
     assert refused.refused == {job.id}
     assert await number(database, "SELECT count(*) FROM answers") == 0
+
+
+UNCLAIMED = """
+    SELECT token, attempts, started_at IS NOT NULL, lease_until IS NULL, state
+    FROM jobs WHERE id = :id
+"""
+
+
+async def test_a_job_that_needs_no_run_is_ended_as_if_it_had_been_claimed(
+    database: Database, job_store: JobStore
+) -> None:
+    (ran, *_), read = await _claim_and_read(job_store)
+    assert {field: getattr(read, field) for field in _ALIKE} == {
+        field: getattr(ran, field) for field in _ALIKE
+    }
+    one = outcome(read, unclaimed=True)
+    assert (await job_store.finish([one])).accepted == {read.id}
+    async with database.connection() as connection:
+        row = (await connection.execute(text(UNCLAIMED), {"id": read.id})).one()
+    assert tuple(row) == (1, 1, True, True, "done")
+    assert (await job_store.results("default", [read.id]))[read.id] == one.result
+    # Under this token another may have ended it: who asks again is not told that it was he.
+    assert (await job_store.finish([one])).refused == {read.id}
+    assert await job_store.claimable([read.id]) == []
+
+
+_ALIKE = ("token", "attempts", "request", "options", "channel", "crashes", "custom_id", "model")
+
+
+async def _claim_and_read(store: JobStore) -> tuple[Any, Any]:
+    first, second = await admit(store, spec(), spec())
+    claim = await store.claim([first], owner="w", lease_s=LONG_LEASE_S)
+    (read,) = await store.claimable([first, second])
+    assert read.id == second
+    return claim.jobs, read
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        "UPDATE jobs SET crashes = 1",
+        "UPDATE jobs SET cancel_requested = true",
+        "UPDATE jobs SET deadline_at = now() - interval '1 second'",
+        "UPDATE jobs SET available_at = now() + interval '1 minute'",
+        "UPDATE jobs SET token = token + 1",
+        "UPDATE jobs SET state = 'running', token = token + 1, lease_until = now()",
+        "UPDATE jobs SET state = 'cancelled', token = token + 1, finished_at = now()",
+    ],
+)
+async def test_a_job_that_may_not_be_claimed_any_more_is_not_ended_either(
+    database: Database, job_store: JobStore, happens: str
+) -> None:
+    (job_id,) = await admit(job_store, spec())
+    (read,) = await job_store.claimable([job_id])
+    await change(database, happens)
+    before = await number(database, "SELECT to_jsonb(jobs) FROM jobs")
+    one = outcome(read, unclaimed=True, answer=answer())
+    assert (await job_store.finish([one])).refused == {job_id}
+    assert await number(database, "SELECT to_jsonb(jobs) FROM jobs") == before
+    assert await number(database, "SELECT count(*) FROM answers") == 0
+
+
+async def test_of_many_who_end_a_job_without_a_claim_one_does(job_store: JobStore) -> None:
+    (job_id,) = await admit(job_store, spec())
+    (read,) = await job_store.claimable([job_id])
+    ended, claim = await asyncio.gather(
+        asyncio.gather(
+            *(job_store.finish([outcome(read, words=f"{at}", unclaimed=True)]) for at in range(6))
+        ),
+        job_store.claim([job_id], owner="w", lease_s=LONG_LEASE_S),
+    )
+    assert sum(len(one.accepted) for one in ended) + len(claim.jobs) == 1
 
 
 @pytest.mark.parametrize("words", ["a\x00b", "half \ud83d", "NaN", "-Infinity \\u0000", "ü😀"])

@@ -29,8 +29,10 @@ async def test_more_is_claimed_while_nearly_all_jobs_are_repeats() -> None:
 
 async def test_a_number_that_was_asked_for_is_kept() -> None:
     slots = Slots(4)
+    assert not slots.nearly_all_repeat
     for _ in range(30):
         slots.claimed(4, repeats=4)
+    assert slots.nearly_all_repeat
     assert slots.places == 4
     assert await slots.take(20) == 4
 

@@ -86,6 +86,20 @@ _CLAIM = text(
     """
 )
 
+# What a claim would return of those that nothing stands against, should it be the next to come.
+_CLAIMABLE = text(
+    """
+    SELECT model, priority, request, attempts + 1 AS attempts, max_attempts, crashes, deadline_at,
+           CAST(extract(epoch FROM deadline_at - now()) AS float8) AS left_s,
+           cancel_requested, created_at, traceparent, id, namespace, channel, options,
+           token + 1 AS token, custom_id, batch_id
+    FROM jobs
+    WHERE id = ANY(CAST(:ids AS uuid[]))
+      AND state = 'queued' AND crashes = 0 AND NOT cancel_requested AND available_at <= now()
+      AND (deadline_at IS NULL OR deadline_at > now())
+    """
+)
+
 # Those that a claim without suspects has left alone.
 _SUSPECTS = text(
     """
@@ -190,6 +204,26 @@ class Claims(StorePart):
             jobs=tuple(_claimed(row) for row in rows if row["state"] == JobState.RUNNING),
             ended=tuple(delivery(row) for row in rows if row["state"] != JobState.RUNNING),
         )
+
+    async def claimable(self, ids: Iterable[UUID]) -> list[ClaimedJob]:
+        """Read jobs as a claim would return them, and take none.
+
+        For those whose outcome is known: `Outcomes.finish` ends them without a claim, if they may
+        still be claimed by then.
+
+        Args:
+            ids: The jobs.
+
+        Returns:
+            Those that are queued and due, and that no process died with; with the token that
+            whoever takes them next will have.
+
+        Raises:
+            DatabaseUnavailableError: Postgres cannot be used now.
+        """
+        async with self._database.connection() as connection:
+            rows = (await connection.execute(_CLAIMABLE, {"ids": list(ids)})).mappings().all()
+        return [_claimed(row) for row in rows]
 
     async def suspects_among(self, ids: Iterable[UUID]) -> list[UUID]:
         """Return the jobs that a claim without suspects left alone because they are suspects.

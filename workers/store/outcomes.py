@@ -20,24 +20,31 @@ if TYPE_CHECKING:
     from workers.store.records import Delivery, Held, Outcome
 
 # As in `workers.store.claims`, rows are found by id alone and locked in that order. What is to be
-# written comes along with the lock: joined to it afterwards, it would be by a nested loop.
+# written comes along with the lock: joined to it afterwards, it would be by a nested loop. A job
+# that needed no run is ended as it would be claimed and ended: a row written once instead of twice.
 _FINISH = text(
     """
     WITH mine AS (
         SELECT jobs.id, outcome.state, outcome.result, outcome.error, outcome.provenance,
-               outcome.answer_id
+               outcome.answer_id, outcome.token, outcome.unclaimed
         FROM unnest(
             CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:states AS text[]),
             CAST(:results AS text[]), CAST(:errors AS text[]), CAST(:provenances AS text[]),
-            CAST(:answer_ids AS uuid[])
-        ) AS outcome (id, token, state, result, error, provenance, answer_id)
-             JOIN jobs ON jobs.id = outcome.id AND jobs.token = outcome.token
-        WHERE lease_until IS NOT NULL
+            CAST(:answer_ids AS uuid[]), CAST(:unclaimed AS boolean[])
+        ) AS outcome (id, token, state, result, error, provenance, answer_id, unclaimed)
+             JOIN jobs ON jobs.id = outcome.id
+        WHERE CASE WHEN outcome.unclaimed
+              THEN jobs.token = outcome.token - 1 AND jobs.state = 'queued' AND crashes = 0
+                   AND NOT cancel_requested AND available_at <= now()
+                   AND (deadline_at IS NULL OR deadline_at > now())
+              ELSE jobs.token = outcome.token AND lease_until IS NOT NULL END
         ORDER BY jobs.id
         FOR NO KEY UPDATE OF jobs
     )
     UPDATE jobs
-    SET state = mine.state, result = CAST(mine.result AS jsonb),
+    SET state = mine.state, result = CAST(mine.result AS jsonb), token = mine.token,
+        attempts = attempts + CASE WHEN mine.unclaimed THEN 1 ELSE 0 END,
+        started_at = CASE WHEN mine.unclaimed THEN now() ELSE started_at END,
         error = CAST(mine.error AS jsonb), provenance = mine.provenance,
         answer_id = mine.answer_id, finished_at = now(), lease_owner = NULL, lease_until = NULL
     FROM mine
@@ -58,10 +65,14 @@ _ENDED_BEFORE = text(
 )
 
 # The epoch is locked: who enters a new one waits for this, and this for him. So nothing that went
-# to a Redis that has lost it is marked behind his back.
+# to a Redis that has lost it is marked behind his back. It is not waited for until it is on disk:
+# a mark that is lost has the outcome published once more.
 _MARK_PUBLISHED = text(
     """
-    WITH same AS MATERIALIZED (SELECT FROM broker WHERE epoch = :epoch FOR SHARE),
+    WITH same AS MATERIALIZED (
+        SELECT set_config('synchronous_commit', 'off', true)
+        FROM broker WHERE epoch = :epoch FOR SHARE
+    ),
     mine AS (
         SELECT jobs.id
         FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS run (id, token)
@@ -94,9 +105,11 @@ class Outcomes(StorePart):
     async def finish(self, outcomes: Sequence[Outcome]) -> Finished:
         """End jobs, with what belongs to them, in one transaction.
 
-        An outcome counts only while its run holds the job. Answers of outcomes that are refused
-        are not stored. A second call with the same outcomes changes nothing and accepts them
-        again, so that a commit of which no word came back may be repeated.
+        An outcome counts only while its run holds the job, or, when it needed no run, while the
+        job may be claimed. Answers of outcomes that are refused are not stored. A second call with
+        the same outcomes changes nothing and accepts them again, so that a commit of which no word
+        came back may be repeated; one that needed no run is refused then, since another may have
+        ended the job under that token, and recovery publishes it.
 
         Args:
             outcomes: At most one a job; of several, the first counts.
@@ -119,9 +132,13 @@ class Outcomes(StorePart):
             answers = _answers(first, accepted)
             if answers:
                 await put_answers(answers, connection)
-            if len(accepted) < len(first):
-                rest = {"ids": values["ids"], "tokens": values["tokens"]}
-                accepted |= frozenset((await connection.scalars(_ENDED_BEFORE, rest)).all())
+            runs = {
+                job_id: outcome.token
+                for job_id, outcome in first.items()
+                if job_id not in accepted and not outcome.unclaimed
+            }
+            if runs:
+                accepted |= frozenset((await connection.scalars(_ENDED_BEFORE, pairs(runs))).all())
         return Finished(accepted=accepted, refused=frozenset(first) - accepted)
 
     async def mark_published(self, published: Held, *, epoch: str | None) -> None:
@@ -171,6 +188,7 @@ def _columns(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             None if outcome.provenance is None else outcome.provenance.value for outcome in outcomes
         ],
         "answer_ids": [outcome.answer_id for outcome in outcomes],
+        "unclaimed": [outcome.unclaimed for outcome in outcomes],
     }
 
 

@@ -127,6 +127,7 @@ class Outcome:
     job_id: UUID
     token: int  # fencing token of the run
     result: JobResult  # its status is the job's last state
+    unclaimed: bool = False  # it needed no run: it stands if the job may still be claimed
     answer: StoredAnswer | None = None  # to be stored in the same transaction
     provenance: Provenance | None = None
     answer_id: UUID | None = None  # the stored answer that was given or made
