@@ -173,7 +173,8 @@ class Pipeline:
         in_hand = object()
         self._in_hand[in_hand] = message.sent_at
         try:
-            await self._run_all([*message.ids, *await self._intake.admit(message)], priority)
+            ids = [*message.ids, *await self._intake.admit(message)]
+            await self._run_all(list(dict.fromkeys(ids)), priority)
         finally:
             del self._in_hand[in_hand]
 

@@ -8,7 +8,8 @@ committed and published; the figures count it when its result has come out of th
 
 On a machine that is busy with other things the rates mean little, so the processor time of every
 part is measured too: ``processor_s_per_5000_jobs`` is what 5,000 jobs cost all parts together, so
-that a machine of two idle cores has done them in half of that.
+that a machine of two idle cores has done them in half of that. ``stage`` says what each stage of a
+job's way takes of it; see `tests.benchmarks.stages`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 
 from schema import wire
 from schema.jobs import JobState
-from tests.benchmarks import chat_rows
+from tests.benchmarks import chat_rows, stages
 from tests.benchmarks.deployed import Deployed, deployed, say
 from tests.benchmarks.figures import Figure, alone
+from tests.benchmarks.stages import GROUP
 from workers.cursors import START
 from workers.submission import SubmitDefaults, build_spec
 
@@ -55,6 +57,7 @@ async def _measure(jobs: int) -> list[Figure]:
             again = await system.client.submit_many(asked, channel=f"warm-{kind}-again")
             await Reader(system, f"warm-{kind}-again").read(len(again))
             found += await _rates(system, kind, jobs)
+            found += await stages.figures(system, kind, asked, jobs // 2 // GROUP * GROUP)
         found += await _waits(system)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -471,12 +472,15 @@ def test_code_without_a_loop_uses_the_same(settings: Settings, stack: LocalStack
             thread.join(30)
         assert sorted(result.text for result in done) == ["HELLO", "P0", "P1", "P2"]
         results = client.results("default", "g", "one")
-        found = []
-        for delivery in results:
-            found.append(delivery)
-            results.ack(delivery)
-            if len(found) == 4:
-                break
+
+        def given() -> list[Any]:
+            found = list(itertools.islice(results, 4))
+            results.ack(*found)
+            return [delivery.result.job_id for delivery in found]
+
+        assert len(set(first := given())) == 4
+        results.replay()
+        assert sorted(given()) == sorted(first)
         assert [delta.text for delta in client.stream(job)] == ["HELLO", ""]
         assert client.cancel(job) is False
         assert client.retry(job) == []

@@ -14,6 +14,7 @@ import orjson
 import pytest
 
 from schema import names
+from schema.errors import DatabaseUnavailableError
 from schema.wire import JobMessage
 from tests.integration.builders import admit, answer, number, spec
 from tests.stand_ins import final_output
@@ -276,6 +277,8 @@ async def test_many_repeats_need_no_claim(
     for _ in range(20):
         first, *_ = await run(spec(model=MODEL))
     assert not claimed
+    same = spec(model=MODEL)
+    assert await run(same, same) == [(await run(same))[0]] * 2
     mixed = await run(*(spec(model=MODEL, channel="c") for _ in range(5)), spec("New", model=MODEL))
     assert claimed == [mixed[-1].job_id]
     assert [result.text for result in mixed] == [first.text] * 5 + ["Answer 2."]
@@ -284,6 +287,15 @@ async def test_many_repeats_need_no_claim(
     delivered = await ResultChannel(redis).read("default", "c")
     await redis.aclose()
     assert {d.result.job_id: d.result for d in delivered} == {r.job_id: r for r in mixed[:5]}
+
+    # What cannot be read now is claimed, which waits for Postgres.
+    async def away(_self: JobStore, _ids: Any) -> Any:
+        raise DatabaseUnavailableError("away")
+
+    monkeypatch.setattr(JobStore, "claimable", away)
+    (result,) = await run(spec(model=MODEL))
+    assert claimed == [result.job_id]
+    assert result.text == first.text
 
     # Between being read and being ended one is taken by another worker, one is cancelled.
     async def meanwhile(self: JobStore, ids: Any) -> Any:

@@ -53,6 +53,24 @@ async def test_those_who_wait_share_a_commit(job_store: JobStore, watched: _Watc
     assert max(watched.sizes) == 8
 
 
+@pytest.mark.parametrize("claimed", [False, True])
+async def test_of_two_outcomes_of_one_job_each_is_judged_by_itself(
+    job_store: JobStore, claimed: bool
+) -> None:
+    """As when its message came twice: who did not end it must not publish what is not stored."""
+    ids = await admit(job_store, spec())
+    (read,) = await job_store.claimable(ids)
+    if claimed:
+        await job_store.claim(ids, owner="w", lease_s=LONG_LEASE_S)
+    first = outcome(read, words="first", unclaimed=True)
+    second = outcome(read, words="second", unclaimed=not claimed)
+    async with GroupCommit(job_store, gather_s=0.05) as commit:
+        standing = await asyncio.gather(commit.finish_all([first]), commit.finish_all([second]))
+    assert standing == ([set(), {read.id}] if claimed else [{read.id}, set()])
+    stored = (await job_store.results("default", ids))[read.id]
+    assert stored.text == ("second" if claimed else "first")
+
+
 async def test_an_outage_reaches_everyone_who_waited(
     job_store: JobStore, watched: _Watched
 ) -> None:

@@ -26,6 +26,7 @@ from tests.integration.builders import (
 )
 from workers.store.database import Database
 from workers.store.jobs import JobStore
+from workers.store.outcomes import _MARK_PUBLISHED
 
 AGES_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -354,6 +355,20 @@ async def test_a_job_that_may_not_be_claimed_any_more_is_not_ended_either(
     assert await number(database, "SELECT count(*) FROM answers") == 0
 
 
+async def test_a_job_that_is_locked_does_not_keep_others_from_being_ended(
+    database: Database, job_store: JobStore
+) -> None:
+    locked, free = await admit(job_store, spec(), spec())
+    read = await job_store.claimable([locked, free])
+    async with database.transaction() as connection:
+        await connection.execute(
+            text("SELECT FROM jobs WHERE id = :id FOR NO KEY UPDATE"), {"id": locked}
+        )
+        async with asyncio.timeout(10):
+            finished = await job_store.finish([outcome(job, unclaimed=True) for job in read])
+    assert (finished.accepted, finished.refused) == ({free}, {locked})
+
+
 async def test_of_many_who_end_a_job_without_a_claim_one_does(job_store: JobStore) -> None:
     (job_id,) = await admit(job_store, spec())
     (read,) = await job_store.claimable([job_id])
@@ -456,6 +471,21 @@ async def test_publishing_is_noted_for_the_token_that_was_published(job_store: J
 
 
 # Outbox
+
+
+async def test_a_mark_of_publication_is_not_waited_for_until_it_is_on_disk(
+    database: Database, job_store: JobStore
+) -> None:
+    job = await claimed(job_store)
+    await job_store.finish([outcome(job)])
+    await job_store.meet("epoch", "server")
+    values = {"ids": [job.id], "tokens": [job.token], "epoch": "epoch"}
+    shown = text("SHOW synchronous_commit")
+    async with database.transaction() as connection:
+        assert (await connection.execute(_MARK_PUBLISHED, values)).rowcount == 1
+        assert await connection.scalar(shown) == "off"
+    async with database.transaction() as connection:
+        assert await connection.scalar(shown) == "on"
 
 
 async def test_rows_without_a_live_message_are_found(

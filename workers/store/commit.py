@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
+from uuid import UUID
 
 from schema.errors import DatabaseUnavailableError
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
     from typing import Self, TypeAlias
-    from uuid import UUID
 
     from workers.store.records import Finished, Outcome
 
@@ -135,12 +135,19 @@ class GroupCommit:
                 return
 
     def _group(self) -> list[_Waiting]:
-        """Take what waits, up to the bound; what came together stays together."""
+        """Take what waits, up to the bound; what came together stays together.
+
+        A message that came twice may have one job ended twice at the same time. The second outcome
+        is judged by a statement of its own: of one, the store hears of the first alone.
+        """
         group: list[_Waiting] = []
-        size = 0
-        while self._waiting and (not group or size + len(self._waiting[0][0]) <= self._max_group):
+        taken: set[UUID] = set()
+        while self._waiting:
+            ids = {outcome.job_id for outcome in self._waiting[0][0]}
+            if group and (len(taken) + len(ids) > self._max_group or not taken.isdisjoint(ids)):
+                break
             group.append(self._waiting.popleft())
-            size += len(group[-1][0])
+            taken |= ids
         return group
 
     async def _commit(self, group: list[_Waiting]) -> None:

@@ -53,6 +53,10 @@ _FINISH = text(
     """
 )
 
+# One that is locked, as all that wait are while a Redis that lost its data is made good, must not
+# keep the others from being ended: it is left to a claim, which waits for it.
+_FINISH_UNCLAIMED = text(_FINISH.text.replace("UPDATE OF jobs", "UPDATE OF jobs SKIP LOCKED"))
+
 # Every other way a job ends moves the token on, so one that is over under a run's own token was
 # ended by that run: the commit went through and the word of it was lost.
 _ENDED_BEFORE = text(
@@ -123,12 +127,16 @@ class Outcomes(StorePart):
         if not outcomes:
             return Finished(accepted=frozenset(), refused=frozenset())
         first = {outcome.job_id: outcome for outcome in reversed(outcomes)}
-        values = _columns(list(first.values()))
         # With no answer to store it is one statement, which needs no begin and no commit.
         alone = all(outcome.answer is None for outcome in outcomes)
         lend = self._database.connection if alone else self._database.transaction
         async with lend() as connection:
-            accepted = frozenset((await connection.scalars(_FINISH, values)).all())
+            accepted: frozenset[UUID] = frozenset()
+            for statement, unclaimed in ((_FINISH, False), (_FINISH_UNCLAIMED, True)):
+                these = [one for one in first.values() if one.unclaimed is unclaimed]
+                if these:
+                    ended = await connection.scalars(statement, _columns(these))
+                    accepted |= frozenset(ended.all())
             answers = _answers(first, accepted)
             if answers:
                 await put_answers(answers, connection)
