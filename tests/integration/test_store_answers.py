@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -27,7 +28,7 @@ from workers.engine.protocols import AnswerStore, Decision, PartVector, StoredAn
 from workers.store.answers import PostgresAnswers
 from workers.store.database import Database
 from workers.store.jobs import JobStore
-from workers.store.neighbours import EXACT_UP_TO
+from workers.store.neighbours import _APPROXIMATE, EXACT_UP_TO, search_width
 
 _UNLIKE = ("vectors", "created_at", "expires_at", "prompt")
 
@@ -355,6 +356,20 @@ async def test_recall_under_a_namespace_filter(
             right += len(truth & {neighbour.prompt for neighbour in found})
             asked += len(truth)
         assert right / asked >= 0.98, (namespace, right / asked)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "width"), [(-1, 64), (100_000, 64), (1_000_000, 81), (1e12, 321)]
+)
+async def test_the_more_vectors_there_are_the_wider_is_the_search(
+    database: Database, vectors: float, width: int
+) -> None:
+    assert search_width(vectors) == width
+    values: dict[str, Any] = {"namespace": "n", "scope": None, "fetch": 5, "width": str(width)}
+    values["vectors"] = [str(unit_vectors(1, seed=0)[0].tolist())]
+    async with database.transaction() as connection:
+        await connection.execute(_APPROXIMATE, values)
+        assert await connection.scalar(text("SHOW hnsw.ef_search")) == str(width)
 
 
 async def test_look_ups_at_the_same_time_share_statements_and_nothing_else(

@@ -23,12 +23,10 @@ _DRIVER = "postgresql+psycopg"
 _SCHEMES = {"postgresql", "postgres", "postgresql+psycopg"}
 
 # Iterative scans make a filtered search go on until it has found enough; "relaxed" gives them
-# nearly in order, and the query sorts them again. Among 100,000 answers a width of 100 took a fifth
-# longer than 64 and found the same; on a graph built earlier 64 had missed the nearest once in 75.
-# The bound on tuples keeps a search for what is not there from reading the whole graph.
+# nearly in order, and the query sorts them again. The bound on tuples keeps a search for what is
+# not there from reading the whole graph. How wide it is, `workers.store.neighbours` says.
 _SESSION = (
     "SET hnsw.iterative_scan = 'relaxed_order'",
-    "SET hnsw.ef_search = 64",
     "SET hnsw.max_scan_tuples = 40000",
     "SET timezone = 'UTC'",
     # A plan kept from when a table was small reads all of it when it has grown, and one for any

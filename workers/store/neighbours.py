@@ -34,6 +34,12 @@ EXACT_UP_TO = 2_000
 _MORE = {True: 2, False: 4}  # by whether there is a scope
 _AT_LEAST = {True: 10, False: 20}
 
+# How many candidates a search keeps (`hnsw.ef_search`): the more vectors the graph has, the more it
+# takes to find the nearest. Among 100,000 real ones 100 took a fifth longer than 64 and found the
+# same; in the largest namespace of a million made-up ones 64 found 0.80 of them in 2.5 ms, 100 0.89
+# in 3.0, and 160 0.94 in 4.1.
+_WIDTH, _WIDTH_FOR = 64, 100_000
+
 #: Look-ups in one statement, at most: whoever comes next waits for all of them.
 _TOGETHER = 16
 
@@ -47,12 +53,18 @@ _SIZE = text(
     """
 )
 
+# As of the last time that it was vacuumed or analysed; -1 before.
+_VECTORS = text(
+    "SELECT reltuples FROM pg_class WHERE oid = to_regclass('ix_embeddings_minilm_hnsw')"
+)
+
 # The graph's index is for one embedder, so its name is written into the statement: as a parameter
 # it could not be proved to fit. Order is restored outside, since an iterative scan gives it nearly.
 _APPROXIMATE = text(
     """
     WITH asked AS MATERIALIZED (
-        SELECT place, CAST(vector AS halfvec(384)) AS vector
+        SELECT place, CAST(vector AS halfvec(384)) AS vector,
+               set_config('hnsw.ef_search', :width, true)
         FROM unnest(CAST(:vectors AS text[])) WITH ORDINALITY AS input (vector, place)
     )
     SELECT asked.place, near.id, near.prompt, near.distance
@@ -110,6 +122,15 @@ class Asked:
     vector: str
 
 
+def search_width(vectors: float) -> int:
+    """Return how many candidates a search of the graph keeps.
+
+    Args:
+        vectors: In the graph, about.
+    """
+    return round(_WIDTH * max(vectors / _WIDTH_FOR, 1.0) ** 0.1)
+
+
 class Sizes:
     """Remembers which namespaces and scopes are large, so as not to count at every search.
 
@@ -125,6 +146,7 @@ class Sizes:
         self._believed_s = {True: believed_s, False: small_s}
         self._entries = entries
         self._known: dict[tuple[str, bytes | None], tuple[bool, float]] = {}
+        self._width = (_WIDTH, 0.0)
 
     async def large(self, namespace: str, scope: bytes | None, connection: AsyncConnection) -> bool:
         """Whether there are too many vectors to look at each.
@@ -148,6 +170,18 @@ class Sizes:
             self._known.clear()
         self._known[key] = large, now + self._believed_s[large]
         return large
+
+    async def width(self, connection: AsyncConnection) -> int:
+        """Return how wide the graph is to be searched.
+
+        Args:
+            connection: To ask for its size on.
+        """
+        width, until = self._width
+        if until <= (now := time.monotonic()):
+            width = search_width(await connection.scalar(_VECTORS) or 0.0)
+            self._width = width, now + self._believed_s[True]
+        return width
 
 
 class LookAround:
@@ -228,7 +262,8 @@ class LookAround:
         ):
             found = await connection.execute(_EXACT, {**values, "embedder": first.embedder})
         else:
-            found = await connection.execute(_APPROXIMATE, values)
+            width = str(await self._sizes.width(connection))
+            found = await connection.execute(_APPROXIMATE, {**values, "width": width})
         rows: list[list[RowMapping]] = [[] for _ in asked]
         for row in found.mappings():
             rows[row["place"] - 1].append(row)
