@@ -1,4 +1,4 @@
-"""Keeps the garbage collector from stopping the event loop for long.
+"""Keeps the garbage collector out of the way: of the event loop, and of what is made in bulk.
 
 A full collection looks at every container in the process: half a second's worth once vLLM is
 imported, and a tenth more with a full memory tier. What has survived one is here to stay, so it is
@@ -36,6 +36,22 @@ def short_pauses() -> Iterator[None]:
     finally:
         gc.callbacks.remove(_set_aside)
         gc.set_threshold(*thresholds)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Let the garbage collector rest while values are made by the thousand and none is garbage.
+
+    It would look at all of them, and in between at everything else in the process, again and again:
+    for results of a channel that took five times as long as to read them.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _set_aside(phase: str, info: dict[str, Any]) -> None:

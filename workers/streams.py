@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from schema.errors import BrokerUnavailableError
 from schema.jobs import JobResult
+from workers.pauses import no_collection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,13 +82,14 @@ def entries_of(replies: Any) -> list[Entry]:
 def deliveries_of(entries: list[Entry]) -> list[Delivery]:
     """Return the results among stream entries; what is not one of ours is passed over."""
     deliveries = []
-    for cursor, fields in entries:
-        try:
-            result = JobResult.model_validate_json(fields[b"result"])
-        except (KeyError, ValidationError):
-            # Not one of ours. A foreign entry must not stop the channel for everybody.
-            continue
-        deliveries.append(Delivery(cursor=cursor.decode(), result=result))
+    with no_collection():
+        for cursor, fields in entries:
+            try:
+                result = JobResult.model_validate_json(fields[b"result"])
+            except (KeyError, ValidationError):
+                # Not one of ours. A foreign entry must not stop the channel for everybody.
+                continue
+            deliveries.append(Delivery(cursor=cursor.decode(), result=result))
     return deliveries
 
 

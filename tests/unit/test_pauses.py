@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+from uuid import uuid4
 
+from schema.jobs import JobResult, JobState
 from workers.engine.pace import Pace
 from workers.engine.protocols import Entity, Token
-from workers.pauses import short_pauses
+from workers.pauses import no_collection, short_pauses
+from workers.streams import deliveries_of
 
 
 class Work:
@@ -97,3 +101,38 @@ def test_the_collector_passes_over_tokens() -> None:
     token = Token(text="a", lemma="a", pos="X", tag="X", dep="x", head=0)
     assert not gc.is_tracked(token)
     assert not gc.is_tracked(Entity(text="a", label="X", start=0, end=1))
+
+
+def test_results_are_read_without_a_collection_and_it_goes_on_afterwards() -> None:
+    result = JobResult(
+        job_id=uuid4(), namespace="n", status=JobState.DONE, token=1, metadata={"similar": [{}] * 9}
+    )
+    entries = [(b"1-0", {b"result": result.json_text.encode()})] * 2_000
+    looks: list[str] = []
+
+    def count(phase: str, _info: dict[str, int]) -> None:
+        looks.append(phase)
+
+    gc.callbacks.append(count)
+    try:
+        found = deliveries_of(entries)
+        at_once = looks.count("start")
+        made = [[number] for number in range(20_000)]
+    finally:
+        gc.callbacks.remove(count)
+    assert len(found) == 2_000
+    assert at_once <= 1  # when it is on again; it would be thirty or more
+    assert looks.count("start") > at_once, len(made)
+
+
+def test_a_collector_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with no_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    with contextlib.suppress(RuntimeError), no_collection():
+        raise RuntimeError
+    assert gc.isenabled()
