@@ -12,11 +12,17 @@ from datetime import datetime
 from enum import StrEnum
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from schema.names import DEFAULT_CHANNEL, DEFAULT_NAMESPACE, DEFAULT_PRIORITY, NAME_PATTERN
+from schema.names import (
+    DEFAULT_CHANNEL,
+    DEFAULT_NAMESPACE,
+    DEFAULT_PRIORITY,
+    NAME_PATTERN,
+    new_job_id,
+)
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
@@ -274,7 +280,7 @@ _DEFAULT_OPTIONS = JobOptions()
 class JobSpec(_Frozen):
     """One job as a producer states it."""
 
-    id: UUID = Field(default_factory=uuid4)
+    id: UUID = Field(default_factory=new_job_id)
     namespace: Name = DEFAULT_NAMESPACE
     model: Name | None = Field(None, description="served model; None is the deployment's default")
     channel: Name = DEFAULT_CHANNEL

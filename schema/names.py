@@ -6,7 +6,9 @@ them can meet in one key.
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from uuid import UUID, uuid5
 
 #: A namespace, channel, group or model alias: short, printable, free of the separator.
@@ -90,6 +92,18 @@ def worker_key(name: str) -> str:
 def window_key(model: str) -> str:
     """Key that says how many jobs of one namespace may stand in the queue of a model."""
     return f"promptmill:window:{model}"
+
+
+def new_job_id() -> UUID:
+    """Return an id for a new job (UUID version 7, RFC 9562, with parts of a millisecond).
+
+    Ids of jobs that come together lie together in the index, so that writing them, taking them and
+    ending them touches a few of its pages instead of one for each job.
+    """
+    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
+    part = (rest << 12) // 1_000_000
+    random = int.from_bytes(os.urandom(8), "big") >> 2
+    return UUID(int=milliseconds << 80 | 7 << 76 | part << 64 | 2 << 62 | random)
 
 
 def job_id_for(namespace: str, idempotency_key: str) -> UUID:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from typing import Any
-from uuid import uuid4
+from uuid import RFC_4122, uuid4
 
 import pytest
 from hypothesis import given, settings
@@ -187,3 +188,13 @@ def test_the_list_is_the_one_that_kombu_reads():
         channel = Channel.__new__(Channel)
         channel.priority_steps = list(names.PRIORITIES)
         assert channel._q_for_pri(route.queue, priority) == route.key
+
+
+def test_ids_of_new_jobs_are_ordered_by_time_and_unlike() -> None:
+    before = time.time_ns() // 1_000_000
+    ids = [names.new_job_id() for _ in range(2_000)]
+    after = time.time_ns() // 1_000_000
+    assert len(set(ids)) == len(ids)
+    assert {(one.version, one.variant) for one in ids} == {(7, RFC_4122)}
+    assert [one.int >> 64 for one in ids] == sorted(one.int >> 64 for one in ids)
+    assert all(before <= one.int >> 80 <= after for one in ids)
