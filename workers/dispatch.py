@@ -49,7 +49,10 @@ _DRAIN_S = 1.0  # seconds of what workers take
 _LOOK_S = 2.0  # between two looks at which workers live, and two tries to become the one
 _IDLE_S = 0.1  # between two passes while nobody waits
 _BUSY_S = 0.02  # and while somebody does
-_PASS_SHARE = 5  # of the time: a pass may take one part in so many
+# Of the time: to look who waits and how much stands there may take one part in so many. To let jobs
+# in costs the same however many passes it takes, so it is not counted.
+_LOOK_SHARE = 5
+_LONGEST_PAUSE_S = 0.5  # half of what the queue holds; a server that hung once must not empty it
 _MOST_AT_ONCE = 4096
 
 
@@ -83,6 +86,7 @@ class Dispatcher:
         self._drain: dict[str, _Drain] = {}
         self._turns: dict[str, Turns] = {}
         self._looked_at = float("-inf")
+        self._look_s = 0.0  # that looking took in this pass
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -121,7 +125,9 @@ class Dispatcher:
         Raises:
             PromptmillError: Postgres or Redis cannot be used now.
         """
+        began = time.monotonic()
         found = await waiting(connection)
+        self._look_s = time.monotonic() - began
         for model, namespaces in found.items():
             await self._fill(connection, model, namespaces)
         return sum(len(namespaces) for namespaces in found.values())
@@ -129,7 +135,9 @@ class Dispatcher:
     async def _fill(self, connection: AsyncConnection, model: str, namespaces: list[str]) -> None:
         drain = self._drain.setdefault(model, _Drain())
         window = self.window(model)
+        began = time.monotonic()
         stand = await standing(connection, model, bound=2 * window)
+        self._look_s += time.monotonic() - began
         drain.see(stand.total())
         turns = self._turns.setdefault(model, Turns(self._weights))
         order = turns.take(namespaces, min(window - stand.total(), _MOST_AT_ONCE))
@@ -173,10 +181,8 @@ class Dispatcher:
         while True:
             heed_cancellation()
             await self._look()
-            began = time.monotonic()
             waited = await self.run_once(connection)
-            took_s = time.monotonic() - began
-            await asyncio.sleep(max(_BUSY_S if waited else _IDLE_S, took_s * _PASS_SHARE))
+            await asyncio.sleep(pause_s(waited, self._look_s))
 
     async def _look(self) -> None:
         """See now and then which workers live, and tell producers what follows from it."""
@@ -191,6 +197,17 @@ class Dispatcher:
         for model in [model for model, drain in self._drain.items() if drain.is_stale]:
             del self._drain[model]
         await windows.announce(self._redis, {model: self.window(model) for model in slots})
+
+
+def pause_s(waited: int, look_s: float) -> float:
+    """Return the seconds from one pass to the next.
+
+    Args:
+        waited: Namespaces that waited.
+        look_s: Seconds that it took to see who waits and how much stands in the queues.
+    """
+    least = _BUSY_S if waited else _IDLE_S
+    return min(max(least, look_s * _LOOK_SHARE), _LONGEST_PAUSE_S)
 
 
 class _Drain:

@@ -17,8 +17,8 @@ from sqlalchemy import text
 from schema import names, wire
 from schema.errors import BrokerUnavailableError
 from tests.integration.builders import change, number
-from workers import AsyncJobClient, Settings
-from workers.dispatch import Dispatcher
+from workers import AsyncJobClient, Settings, dispatch
+from workers.dispatch import Dispatcher, pause_s
 from workers.local import LocalStack
 from workers.sending import Sender
 from workers.store import release
@@ -182,6 +182,27 @@ async def test_no_pass_reads_the_backlog(queue: Queue, database: Database) -> No
             read = plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"]
             # The table has thousands of blocks, and its index hundreds.
             assert read < 1500, plan
+
+
+async def test_a_slow_pass_does_not_leave_the_queue_empty(
+    make: Callable[..., Any], queue: Queue, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it takes to let jobs in is not waited for again, and a pause has its bound."""
+    await fill(database, "huge", queue.model, 50)
+
+    async def slow(*given: Any) -> Any:
+        await asyncio.sleep(0.5)
+        return await release.release(*given)
+
+    monkeypatch.setattr(dispatch, "release", slow)
+    dispatcher = make()
+    async with leading(database, DISPATCH) as connection:
+        assert await dispatcher.run_once(connection) == 1
+    assert await number(database, HELD, namespace="huge") == 50 - WINDOW
+    assert 0 < dispatcher._look_s < 0.4
+    assert pause_s(1, dispatcher._look_s) <= max(5 * dispatcher._look_s, 0.02)
+    assert pause_s(1, 60.0) == 0.5
+    assert pause_s(0, 0.0) == 0.1
 
 
 async def test_shares_follow_the_weights(
