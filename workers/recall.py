@@ -22,6 +22,7 @@ import orjson
 from cachetools import LRUCache
 
 from schema.jobs import JobResult, JobState, Provenance, Reuse
+from workers.pauses import no_collection
 from workers.store.records import ClaimedJob, Outcome
 
 if TYPE_CHECKING:
@@ -161,15 +162,16 @@ class Recall:
             "finished_at": f'"{now.isoformat().replace("+00:00", "Z")}"',
             "created": str(int(now.timestamp())),
         }
-        for job in jobs:
-            key = _key(job)
-            known = None if key is None else self._known.get(key)
-            if known is None or job.crashes:
-                continue
-            answer = self._engine.recall(job.namespace, known.fingerprint)
-            if answer is not None:
-                common["total"] = f"{time.perf_counter() - started:.6f}"
-                found[job.id] = self._outcome(job, known, answer, common, now, unclaimed)
+        with no_collection():
+            for job in jobs:
+                key = _key(job)
+                known = None if key is None else self._known.get(key)
+                if known is None or job.crashes:
+                    continue
+                answer = self._engine.recall(job.namespace, known.fingerprint)
+                if answer is not None:
+                    common["total"] = f"{time.perf_counter() - started:.6f}"
+                    found[job.id] = self._outcome(job, known, answer, common, now, unclaimed)
         return found
 
     def _outcome(
