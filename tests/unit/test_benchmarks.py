@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tests.benchmarks import __main__ as runner
 from tests.benchmarks import chat_rows
 from tests.benchmarks.figures import Figure, flattened, packed, unpacked
 from tests.benchmarks.registry import BENCHMARKS, Benchmark
+from tests.benchmarks.turn_watch import TurnWatch
 
 
 @pytest.mark.parametrize(
@@ -115,3 +118,19 @@ def test_made_up_prompts_are_different_and_the_same_each_time() -> None:
     assert not set(prompts(500)) & set(asked_otherwise(500))
     assert len(set(pairs(60))) == 60
     assert all(one != other for one, other in pairs(60))
+
+
+async def test_a_turn_that_waits_is_its_own_and_one_that_works_is_work() -> None:
+    watch = TurnWatch()
+    with watch.watching():
+        await asyncio.sleep(0)
+        time.sleep(0.05)  # noqa: ASYNC251  that is what is looked for
+        await asyncio.sleep(0)
+        until = time.thread_time() + 0.03
+        while time.thread_time() < until:
+            pass
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    summary = watch.summary()
+    assert 50 <= summary["longest_own_ms"] <= summary["longest_wall_ms"]
+    assert 30 <= summary["longest_cpu_ms"] < 50
