@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import text
 
 from schema.jobs import JobError, JobState
-from workers.pauses import no_collection
 from workers.store import stored_json
 from workers.store.deliveries import delivery
 from workers.store.part import StorePart, pairs
@@ -223,9 +222,8 @@ class Claims(StorePart):
             DatabaseUnavailableError: Postgres cannot be used now.
         """
         async with self._database.connection() as connection:
-            found = await connection.execute(_CLAIMABLE, {"ids": list(ids)})
-            with no_collection():
-                return [_claimed(row) for row in found.mappings()]
+            rows = (await connection.execute(_CLAIMABLE, {"ids": list(ids)})).mappings().all()
+        return [_claimed(row) for row in rows]
 
     async def suspects_among(self, ids: Iterable[UUID]) -> list[UUID]:
         """Return the jobs that a claim without suspects left alone because they are suspects.
