@@ -244,7 +244,7 @@ class Pipeline:
                     for job in claim.jobs:
                         if job.id not in known:
                             self._start(job, running)
-                            started += 1
+                    started = len(claim.jobs) - len(more)
                     suspects += await self._left_alone(rest, claim)
                 self._learn(started + len(repeats), repeats=len(repeats))
                 if lost := await self._settle(repeats, claimed_at=claimed_at):

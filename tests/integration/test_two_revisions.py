@@ -23,7 +23,6 @@ from alembic.script import ScriptDirectory
 
 from tests.acceptance.faults.scripted_worker import MODEL, scripted_answer
 from workers import AsyncJobClient, load_settings
-from workers.local import LocalStack
 from workers.store import schema_upgrade
 
 ROOT = Path(__file__).parents[2]
@@ -142,10 +141,10 @@ class Tree:
 
 
 @pytest.fixture
-def environment(stack: LocalStack, empty_database_url: str) -> dict[str, str]:
+def environment(own_redis_url: str, empty_database_url: str) -> dict[str, str]:
     return {
         "PROMPTMILL_DATABASE_URL": empty_database_url,
-        "PROMPTMILL_REDIS_URL": f"{stack.redis_url}?db=7",
+        "PROMPTMILL_REDIS_URL": own_redis_url,
         "PROMPTMILL_SERVED_MODEL_NAME": MODEL,
     }
 
