@@ -416,7 +416,9 @@ async def test_progress_is_shown_to_people_and_to_nobody_else(
     settings: Settings, worker: PlayedWorker, tmp_path: Path
 ):
     rows = [row(f"r{n}", temperature=0, usage={"completion_tokens": 7}) for n in range(30)]
-    rows += [{**rows[0], "custom_id": "again"}, row("bad", fail=True)]
+    # Next to each other, or the first might be answered, and gone, before the second is read.
+    rows[1:1] = [{**rows[0], "custom_id": "again"}]
+    rows.append(row("bad", fail=True))
     source, target = write(tmp_path / "in", rows), str(tmp_path / "out")
     shown, terminal = os.openpty()
     process = await command(settings, source, "-o", target, stderr=terminal)
