@@ -94,7 +94,9 @@ class Deployment:
 
     def worker_processes(self) -> list[psutil.Process]:
         """The worker's main process, and all that it started."""
-        main = psutil.Process(self.worker_pid)
+        pid = self.worker_pid
+        assert pid is not None  # or it would be this process
+        main = psutil.Process(pid)
         return [main, *main.children(recursive=True)]
 
     def engine_core(self) -> psutil.Process:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import orjson
@@ -16,7 +17,7 @@ from sqlalchemy import text
 
 from schema import names, wire
 from schema.jobs import JobState
-from tests.acceptance.faults.scripted_worker import ENDLESS, MODEL, REFUSED
+from tests.acceptance.faults.scripted_worker import ENDLESS, MODEL, REFUSED, SLOWEST
 from tests.acceptance.faults.workers_of_a_run import ScriptedWorkers
 from workers import AsyncJobClient, Settings
 from workers.app import make_app
@@ -46,6 +47,7 @@ async def settings(stack: LocalStack, log: Path) -> AsyncIterator[Settings]:
         "PROMPTMILL_REDIS_URL": stack.redis_url,
         "PROMPTMILL_MAX_RUNNING": str(SLOTS),
         "PROMPTMILL_MESSAGE_JOBS": "4",
+        SLOWEST: "0.75",
     }
     workers = ScriptedWorkers(count=1, environment=values, log=log)
     await workers.start()
@@ -226,8 +228,10 @@ async def test_prompts_show_neither_in_logs_nor_to_who_inspects(
             while (await job.status()).state is not JobState.RUNNING:
                 await asyncio.sleep(0.05)
         app = make_app(settings, stack.redis_url, MODEL)
-        active = await asyncio.to_thread(app.control.inspect(timeout=5).active)
-        assert any(active.values()), active
+        active: dict[str, Any] = {}
+        async with asyncio.timeout(WAIT_S):
+            while not any(active.values()):
+                active = await asyncio.to_thread(app.control.inspect(timeout=1).active) or {}
         assert secret not in json.dumps(active)
         await job.cancel()
         assert (await job.result(WAIT_S)).status is JobState.CANCELLED

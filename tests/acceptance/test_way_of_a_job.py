@@ -142,7 +142,7 @@ async def test_deltas_add_up_to_the_answer(client: AsyncJobClient) -> None:
 async def test_a_chat_is_streamed_left_and_taken_up_again(client: AsyncJobClient) -> None:
     ask: dict[str, Any] = {
         "messages": [{"role": "user", "content": f"Count from {uuid4().int} on."}],
-        "sampling": {"max_tokens": 40, "ignore_eos": True},
+        "sampling": {"max_tokens": 200, "ignore_eos": True},
         "stream": True,
     }
     job = await client.submit(**ask)

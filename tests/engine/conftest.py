@@ -55,6 +55,12 @@ class Equipped(EnhancedAsyncLLM):
 Equip = Callable[..., Equipped]
 
 
+@pytest.fixture(autouse=True)
+def patient_with_postgres(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine that stands still for a second is no outage."""
+    monkeypatch.setattr("workers.engine.durable._LOOK_UP_BUDGET_S", 30.0)
+
+
 @pytest.fixture(scope="session")
 async def llm() -> AsyncIterator[EnhancedAsyncLLM]:
     """The engine, made the short way.

@@ -136,7 +136,8 @@ async def test_what_was_answered_is_stored_though_the_engine_is_closed_at_once(
 async def test_two_workers_generate_the_same_once(
     equip: Equip, answer_store: PostgresAnswers
 ) -> None:
-    workers = [equip(PLAIN, store=answer_store) for _ in range(3)]
+    patient = PLAIN.model_copy(update={"cache": CacheConfig(flight_wait_s=60)})
+    workers = [equip(patient, store=answer_store) for _ in range(3)]
     finals = await asyncio.gather(
         *(final_of(llm, "One of us", full(40), f"w{i}") for i, llm in enumerate(workers))
     )

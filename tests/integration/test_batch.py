@@ -250,9 +250,9 @@ async def send_anew(client: AsyncJobClient, worker: PlayedWorker) -> None:
         priority=names.DEFAULT_PRIORITY,
     )
     queued = await client.jobs(state="queued", limit=1000)
-    ids = {*worker.left, *(job.job_id for job in queued)}
-    message = wire.JobMessage(namespace=route.namespace, sent_at=0.0, ids=tuple(ids))
-    await worker.redis.lpush(route.key, wire.encode(message, route))
+    if ids := {*worker.left, *(job.job_id for job in queued)}:
+        message = wire.JobMessage(namespace=route.namespace, sent_at=0.0, ids=tuple(ids))
+        await worker.redis.lpush(route.key, wire.encode(message, route))
 
 
 async def test_an_interrupted_run_goes_on_to_the_row(
@@ -260,11 +260,18 @@ async def test_an_interrupted_run_goes_on_to_the_row(
 ):
     source = write(tmp_path / "in", [*(row(f"r{n}") for n in range(60)), "nonsense"])
     worker.most = 25
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(3):
-            await run_batch(client, source, str(tmp_path / "out"), BatchOptions(max_tokens=77))
+    partial = tmp_path / "out.partial"
+    first = asyncio.create_task(
+        run_batch(client, source, str(tmp_path / "out"), BatchOptions(max_tokens=77))
+    )
+    async with asyncio.timeout(60):
+        while not (worker.left and partial.exists() and partial.stat().st_size):
+            await asyncio.sleep(0.01)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
     assert not (tmp_path / "out").exists()
-    with (tmp_path / "out.partial").open("ab") as torn:
+    with partial.open("ab") as torn:
         torn.write(b'{"id": "torn", "custom')
     worker.most = None
     await send_anew(client, worker)
@@ -406,6 +413,7 @@ async def test_a_full_disk_leaves_what_is_safe(
     assert "out: cannot be written: File too large" in said.decode()
     assert f"what is in {target}.partial is safe, and --resume goes on from there" in said.decode()
     assert not target.exists()
+    await send_anew(client, worker)  # what was written when the run broke off, and not sent
     summary = await run(client, source, target, resume=True)
     assert 0 < summary.kept < 20
     assert len(read(target)) == 40

@@ -18,7 +18,7 @@ from tests.integration.test_last_moments import Server, server  # noqa: F401  a 
 from workers.cli import main
 from workers.store.answers import PostgresAnswers
 
-LINE_S = 60.0
+LINE_S = 240.0
 
 
 async def said(process: Process) -> str:

@@ -190,7 +190,7 @@ def test_many_who_make_the_folder_at_once_agree_on_it(tmp_path: Path) -> None:
 def test_a_second_user_joins_and_keeps_the_stack_up(data_dir: Path) -> None:
     first = User(data_dir)
     pid = first.supervisor_pid()
-    with local.start(data_dir, timeout_s=5) as joined:
+    with local.start(data_dir) as joined:
         assert joined.supervisor_pid == pid
         first.kill()
         assert local.running(data_dir)

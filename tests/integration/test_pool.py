@@ -281,7 +281,7 @@ def test_warm_shutdown_finishes_what_runs_and_gives_back_the_rest(
 ) -> None:
     worker = start(concurrency=2, prefetch=10)
     for n in range(6):
-        send(tasks.nap, 1, f"{n}")
+        send(tasks.nap, 5, f"{n}")
     worker.saw("start 0", "start 1")
     worker.send(TERM)
     assert worker.exit_code() == 0

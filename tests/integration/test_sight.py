@@ -121,9 +121,14 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 async def worker(
-    own_redis_url: str, database_url: str, database: Database, job_store: JobStore
+    own_redis_url: str,
+    database_url: str,
+    database: Database,
+    job_store: JobStore,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Any]:
-    """Starts a worker on this test's database."""
+    """Starts a worker on this test's database; without recovery, which might end a job first."""
+    monkeypatch.setattr("workers.recovery.Recovery.start", lambda _: None)
     endpoints = Endpoints(redis_url=own_redis_url, database_url=database_url)
     async with AsyncExitStack() as running:
 

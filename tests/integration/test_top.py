@@ -49,12 +49,14 @@ async def client(stack: LocalStack) -> AsyncIterator[AsyncJobClient]:
 
 
 @pytest.fixture
-async def worker(client: AsyncJobClient) -> str:
+async def worker(client: AsyncJobClient) -> AsyncIterator[str]:
     name = f"m@host:gpu0:{uuid4().hex[:6]}"
     redis = (await client.connection()).redis
     await registry.announce(redis, ["m"])
     await shine(redis, name, SAID)
-    return name
+    await redis.persist(names.worker_key(name))  # else its word counts for ten seconds
+    yield name
+    await redis.delete(names.worker_key(name))
 
 
 async def failed_and_running(client: AsyncJobClient) -> tuple[str, str]:

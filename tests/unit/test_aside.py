@@ -83,9 +83,14 @@ async def test_errors_and_cuts_cross_over() -> None:
     aside = Aside(plugin)
     with pytest.raises(ValueError, match="no"):
         await aside.enrich("fail", namespace="n")
+    plugin.begun.clear()
+    asked = asyncio.create_task(aside.enrich("wait", namespace="n"))
+    async with asyncio.timeout(10):
+        while not plugin.begun.is_set():
+            await asyncio.sleep(0.005)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await aside.enrich("wait", namespace="n")
+            await asked
     async with asyncio.timeout(10):
         while not plugin.cut.is_set():
             await asyncio.sleep(0.005)

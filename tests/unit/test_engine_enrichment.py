@@ -112,7 +112,7 @@ async def test_who_waits_for_the_prompt_is_told_what_failed() -> None:
 
 
 async def test_what_a_part_cannot_take_at_once_waits_and_is_no_failure() -> None:
-    rig = Rig(CONFIG.model_copy(update={"nlp": NlpConfig(concurrency=2, budget_s=0.2)}))
+    rig = Rig(CONFIG.model_copy(update={"nlp": NlpConfig(concurrency=2, budget_s=60)}))
     rig.analyser.free.clear()
     runs = [
         EnrichmentRun(rig.enrichers, f"text {number}", namespace="n", tasks=rig.tasks)
@@ -124,6 +124,8 @@ async def test_what_a_part_cannot_take_at_once_waits_and_is_no_failure() -> None
     for run in runs:
         await run.wait()
         assert run.findings.analysis is not None
+    short = NlpConfig(concurrency=2, budget_s=0.05)
+    rig.enrichers.config = CONFIG.model_copy(update={"nlp": short})
     gate = rig.enrichers._gates["nlp"]
     for _ in range(2):
         await gate.acquire()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.turns import Turns
@@ -35,6 +35,7 @@ def test_turns_without_a_job_are_given_back():
     assert turns.take(["a", "b"], 2).count("b") >= 1
 
 
+@settings(deadline=None)
 @given(
     weights=st.dictionaries(
         st.sampled_from("abcde"), st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0]), min_size=2
