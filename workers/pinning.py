@@ -10,7 +10,8 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,18 @@ from schema.errors import ConfigurationError, InvalidRequestError
 from workers.versions import installed
 
 if TYPE_CHECKING:
+    import psutil
+
     from workers.hardware import Gpu
 
 _CPUS = "VLLM_CPU_OMP_THREADS_BIND"
 _CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
-_COMPUTING = "VLLM::Worker"  # how vLLM names the processes that compute
+# How vLLM names the processes of an engine, and of these the ones that compute.
+_ENGINE = "VLLM::"
+_COMPUTING = "VLLM::Worker"
+# Of two threads that want a core, the one five steps lower gets a quarter of it, and leaves it
+# when the other wakes. What enriches is lower still; see `workers.enrich.child_main`.
+_NICE = 5
 _CARDS = "CUDA_VISIBLE_DEVICES"
 _SHOWN_UUID = 12  # characters: enough to tell cards of one machine apart
 _TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -239,17 +247,38 @@ def spare_cores() -> frozenset[int]:
         Empty where no core is taken alone, as on a GPU; where cores were divided among workers,
         since what is left over may be another's; and where less is left over than is taken.
     """
-    import psutil
-
     if os.environ.get(_CPUS, "auto") != "auto":
         return frozenset()
     taken: set[int] = set()
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if child.name().startswith(_COMPUTING):
-                taken.update(child.cpu_affinity())
+    for child in _children(_COMPUTING):
+        taken.update(child.cpu_affinity())
     spare = os.sched_getaffinity(0) - taken
     return frozenset(spare) if 0 < len(taken) <= len(spare) else frozenset()
+
+
+def let_engine_give_way() -> None:
+    """Have this process' engine on a CPU, once it runs, leave a core to the event loop at once.
+
+    The loop works for moments, and requests wait for it; among threads that compute all the time
+    it would wait its turn. Does nothing on a GPU, where the engine's threads hardly compute.
+    """
+    if not built_for_cpu() or sys.platform != "linux":
+        return  # elsewhere priority is of a process, and is not told from that of its threads
+    for child in _children(_ENGINE):
+        for thread in child.threads():
+            with contextlib.suppress(ProcessLookupError):
+                nice = os.getpriority(os.PRIO_PROCESS, thread.id)
+                os.setpriority(os.PRIO_PROCESS, thread.id, nice + _NICE)
+
+
+def _children(name: str) -> Iterator[psutil.Process]:
+    """Yield the processes below this one that are named so; one that ends meanwhile is left out."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.name().startswith(name):
+                yield child
 
 
 def _cards_name(cards: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from workers.cancellation import end, heed_cancellation
 from workers.channel import ResultChannel
 from workers.connection import open_redis
 from workers.pauses import short_pauses
-from workers.pinning import device_here, spare_cores, worker_name
+from workers.pinning import device_here, let_engine_give_way, spare_cores, worker_name
 from workers.queue_marks import oldest_live_message_at, shine
 from workers.sending import Sender
 from workers.serving import ServedModel, vllm_arguments
@@ -206,6 +206,7 @@ async def _engine(
     llm = cast("EnhancedAsyncLLM", made)
     logs.adopt_libraries()  # vLLM decides anew how its lines look when an engine is made
     stack.push_async_callback(llm.aclose)
+    let_engine_give_way()
     cores = spare_cores()
     for part in helpers:
         part.stay_on(cores)

@@ -17,6 +17,7 @@ from schema.errors import InvalidRequestError, ResultTimeoutError, UnknownModelE
 from schema.jobs import JobState
 from tests.acceptance.conftest import Deployment
 from workers.aio_client import AsyncJobClient
+from workers.pinning import built_for_cpu
 from workers.queue_marks import living_workers
 
 WAIT_S = 120.0
@@ -188,6 +189,15 @@ async def test_cancelling_a_running_job_frees_its_place_in_vllm_within_a_second(
     await lasting.cancel()
     assert (await lasting.result(WAIT_S)).status is JobState.CANCELLED
     assert {(await job.status()).state for job in others} == {JobState.CANCELLED}
+
+
+@pytest.mark.skipif(not built_for_cpu(), reason="on a GPU no core is shared")
+async def test_an_engine_on_a_cpu_leaves_its_cores_to_the_loop(deployment: Deployment) -> None:
+    worker, *others = deployment.worker_processes()
+    computing = {each.nice() for each in others if each.name().startswith("VLLM::")}
+    enriching = {each.nice() for each in others if "workers.enrich.child_main" in each.cmdline()}
+    assert computing == {worker.nice() + 5}
+    assert enriching == {worker.nice() + 15}
 
 
 async def _metrics_address(client: AsyncJobClient, deployment: Deployment) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 from tests.benchmarks.figures import Figure, flattened
 from tests.benchmarks.turn_watch import TurnWatch
 from workers.pauses import short_pauses
+from workers.pinning import let_engine_give_way
 
 for _name, _value in {
     "HF_HUB_OFFLINE": "1",
@@ -295,6 +296,7 @@ async def measure(rounds: int) -> dict[str, Any]:
         schema_upgrade.upgrade(stack.database_url)
         database = Database(stack.database_url)
         async with started_engine() as llm:
+            let_engine_give_way()  # as a worker does
             await tokens_per_second(llm.add_request)  # warm
             results["hit_from_memory"] = await hit_ms(llm, before=lambda: None)
             results["exact_alone"] = await compared(llm, rounds)

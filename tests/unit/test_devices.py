@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,14 @@ from workers.devices import Fleet, fetch_models
 from workers.fleet_file import FleetFile, read
 from workers.fleet_plan import Post, on_this_machine, plan
 from workers.hardware import Gpu, gpus
-from workers.pinning import Device, check_gpus, device_here, parse_gpus, share_cpu
+from workers.pinning import (
+    Device,
+    check_gpus,
+    device_here,
+    let_engine_give_way,
+    parse_gpus,
+    share_cpu,
+)
 from workers.settings import Settings, load_settings
 from workers.worker_process import READY, WorkerProcess
 
@@ -237,6 +246,42 @@ class TestCpu:
     def test_what_is_unset_is_not_divided(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
         assert {device.cache_gib for device in share_cpu([1, 1])} == {None}
+
+
+class TestPriority:
+    @pytest.fixture
+    def processes(self, tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+        """One named as vLLM's are and one that is not, of two threads each."""
+        waits = "import threading; threading.Thread(target=input).start(); print(flush=True)"
+        started = []
+        for name in ("VLLM::Worker_TP0", "another"):
+            (tmp_path / name).symlink_to(sys.executable)
+            words = (str(tmp_path / name), "-c", waits)
+            process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert process.stdout
+            process.stdout.readline()
+            started.append(process)
+        yield started
+        for process in started:
+            process.communicate(b"\n", timeout=60)
+
+    def steps(self, process: subprocess.Popen[bytes]) -> set[int]:
+        """How much lower than this process its threads are."""
+        threads = [int(path.name) for path in Path(f"/proc/{process.pid}/task").iterdir()]
+        assert len(threads) == 2
+        ours = os.getpriority(os.PRIO_PROCESS, 0)
+        return {os.getpriority(os.PRIO_PROCESS, thread) - ours for thread in threads}
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority")
+    def test_every_thread_of_an_engine_on_a_cpu_gives_way(
+        self, processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(pinning, "built_for_cpu", lambda: False)
+        let_engine_give_way()
+        assert [self.steps(process) for process in processes] == [{0}, {0}]
+        monkeypatch.setattr(pinning, "built_for_cpu", lambda: True)
+        let_engine_give_way()
+        assert [self.steps(process) for process in processes] == [{5}, {0}]
 
 
 def test_a_workers_name_is_its_own(monkeypatch: pytest.MonkeyPatch):
