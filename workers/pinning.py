@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -247,11 +247,14 @@ def spare_cores() -> frozenset[int]:
         Empty where no core is taken alone, as on a GPU; where cores were divided among workers,
         since what is left over may be another's; and where less is left over than is taken.
     """
+    import psutil
+
     if os.environ.get(_CPUS, "auto") != "auto":
         return frozenset()
     taken: set[int] = set()
     for child in _children(_COMPUTING):
-        taken.update(child.cpu_affinity())
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            taken.update(child.cpu_affinity())
     spare = os.sched_getaffinity(0) - taken
     return frozenset(spare) if 0 < len(taken) <= len(spare) else frozenset()
 
@@ -262,23 +265,30 @@ def let_engine_give_way() -> None:
     The loop works for moments, and requests wait for it; among threads that compute all the time
     it would wait its turn. Does nothing on a GPU, where the engine's threads hardly compute.
     """
+    import psutil
+
     if not built_for_cpu() or sys.platform != "linux":
         return  # elsewhere priority is of a process, and is not told from that of its threads
     for child in _children(_ENGINE):
-        for thread in child.threads():
-            with contextlib.suppress(ProcessLookupError):
+        threads = []
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            threads = child.threads()
+        for thread in threads:
+            with contextlib.suppress(OSError):  # it has ended, or a sandbox forbids this
                 nice = os.getpriority(os.PRIO_PROCESS, thread.id)
                 os.setpriority(os.PRIO_PROCESS, thread.id, nice + _NICE)
 
 
-def _children(name: str) -> Iterator[psutil.Process]:
-    """Yield the processes below this one that are named so; one that ends meanwhile is left out."""
+def _children(name: str) -> list[psutil.Process]:
+    """Return the processes below this one that are named so."""
     import psutil
 
+    found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if child.name().startswith(name):
-                yield child
+                found.append(child)
+    return found
 
 
 def _cards_name(cards: Sequence[str]) -> str:
