@@ -111,8 +111,8 @@ async def test_every_worker_forgets_at_once(start: Callable[..., Any], own_redis
         await until(
             lambda: all(not worker.memory.get(MODEL, doomed.fingerprint) for worker in workers)
         )
-        # The promise is a second; a busy machine may be late, never half as late as an entry lives.
-        assert time.monotonic() - began < 30
+        # The promise is a second; a busy machine may be late, never five times.
+        assert time.monotonic() - began < 5
         assert all(worker.memory.get(MODEL, other.fingerprint) for worker in workers)
     await redis.aclose()
 

@@ -99,21 +99,16 @@ async def deployment(
 
 
 async def test_a_killed_worker_costs_no_more_than_promised(deployment: Deployment) -> None:
-    took_s: list[float] = []
-    # A busy machine may be late now and then, not every time.
-    while len(took_s) < 3 and (not took_s or took_s[-1] >= DEATH_COSTS_AT_MOST_S):
-        await deployment.whole()
-        (job,) = await deployment.submit(f"{ENDLESS} story")
-        dead = await deployment.held(job)
-        deployment.workers.signal(dead, signal.SIGKILL)
-        began = time.monotonic()
-        await deployment.held(job, not_by=dead)
-        took_s.append(time.monotonic() - began)
-        status = await job.status()
-        assert (status.attempts, status.crashes) == (1, 1)
-        await job.cancel()
-        assert (await job.result(WAIT_S)).status is JobState.CANCELLED
-    assert min(took_s) < DEATH_COSTS_AT_MOST_S, took_s
+    (job,) = await deployment.submit(f"{ENDLESS} story")
+    dead = await deployment.held(job)
+    deployment.workers.signal(dead, signal.SIGKILL)
+    began = time.monotonic()
+    await deployment.held(job, not_by=dead)
+    assert time.monotonic() - began < DEATH_COSTS_AT_MOST_S
+    status = await job.status()
+    assert (status.attempts, status.crashes) == (1, 1)
+    await job.cancel()
+    assert (await job.result(WAIT_S)).status is JobState.CANCELLED
 
 
 async def test_prompts_show_where_that_was_wished(
