@@ -56,7 +56,7 @@ async def _measure(jobs: int) -> list[Figure]:
             # Twice: what is learnt at a first hit is no part of what later ones cost.
             again = await system.client.submit_many(asked, channel=f"warm-{kind}-again")
             await Reader(system, f"warm-{kind}-again").read(len(again))
-            found += await _rates(system, kind, jobs)
+            found += await _rates(system, kind, asked, jobs)
         # Behind all rates: Postgres cleans up behind the rows that the stages remove.
         for kind, asked in asked_of.items():
             found += await stages.figures(system, kind, asked, jobs // 2 // GROUP * GROUP)
@@ -131,12 +131,13 @@ class Spent:
         self.by_part = {part: after[part] - before.get(part, 0.0) for part in after}
 
 
-async def _rates(system: Deployed, kind: str, jobs: int) -> list[Figure]:
-    asked = [request(kind, number) for number in range(DISTINCT)]
-    asked = [asked[number % DISTINCT] for number in range(jobs)]
+async def _rates(
+    system: Deployed, kind: str, asked: list[dict[str, Any]], jobs: int
+) -> list[Figure]:
+    repeated = [asked[number % len(asked)] for number in range(jobs)]
 
     async def submit(channel: str) -> None:
-        await system.client.submit_many(asked, channel=channel)
+        await system.client.submit_many(repeated, channel=channel)
 
     submitting, running, both = Spent(), Spent(), Spent()
     with system.workers_stopped(), submitting.on(system):

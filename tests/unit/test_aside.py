@@ -49,6 +49,12 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "promptmill-bl" in thread.name]
 
 
+async def met(event: threading.Event) -> None:
+    async with asyncio.timeout(10):
+        while not event.is_set():
+            await asyncio.sleep(0.005)
+
+
 async def gone() -> None:
     async with asyncio.timeout(10):
         while threads():
@@ -61,9 +67,8 @@ async def test_one_that_blocks_keeps_nobody() -> None:
     assert isinstance(aside, Enricher)
     assert aside.name == "blocking"
     asked = asyncio.create_task(aside.enrich("one", namespace="n"))
+    await met(plugin.begun)
     async with asyncio.timeout(10):
-        while not plugin.begun.is_set():
-            await asyncio.sleep(0.005)
         asked.cancel()  # as the engine does with what is over its budget
         with pytest.raises(asyncio.CancelledError):
             await asked
@@ -85,15 +90,11 @@ async def test_errors_and_cuts_cross_over() -> None:
         await aside.enrich("fail", namespace="n")
     plugin.begun.clear()
     asked = asyncio.create_task(aside.enrich("wait", namespace="n"))
-    async with asyncio.timeout(10):
-        while not plugin.begun.is_set():
-            await asyncio.sleep(0.005)
+    await met(plugin.begun)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await asked
-    async with asyncio.timeout(10):
-        while not plugin.cut.is_set():
-            await asyncio.sleep(0.005)
+    await met(plugin.cut)
     await aside.aclose()
     await gone()
 
@@ -102,9 +103,7 @@ async def test_one_that_never_comes_back_does_not_keep_its_end_from_being_bounde
     plugin = Blocking()
     aside = Aside(plugin)
     asked = asyncio.create_task(aside.enrich("one", namespace="n"))
-    async with asyncio.timeout(10):
-        while not plugin.begun.is_set():
-            await asyncio.sleep(0.005)
+    await met(plugin.begun)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await aside.aclose()
